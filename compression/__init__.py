@@ -1,0 +1,1 @@
+"""The mathematics of truncating state-space models: tensors in, plans out."""

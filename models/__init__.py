@@ -1,0 +1,1 @@
+"""State-space models with a state dimension per layer."""

@@ -1,0 +1,59 @@
+"""Tasks on top of a backbone: what goes in, what the loss is.
+
+Shapes: B batch, L time, M d_model, V vocabulary, I input features, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.backbone import Backbone
+from models.layer import TruncatableLayer
+
+
+class SequenceModel(nn.Module):
+    """A backbone with a head: forward gives the logits, `loss` the mean cross-entropy in nats."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def mixers(self) -> list[TruncatableLayer]:
+        return self.backbone.mixers()
+
+    @property
+    def state_dims(self) -> list[int]:
+        return [mixer.d_state for mixer in self.mixers()]
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Mean over everything that is predicted; `targets` int64, one per row of the logits."""
+        return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+
+class LanguageModel(SequenceModel):
+    """Next-token prediction with tied embeddings: tokens (B, L) int64 -> logits (B, L, V)."""
+
+    def __init__(self, vocab_size: int, d_model: int, mixers: Sequence[TruncatableLayer]) -> None:
+        super().__init__(Backbone(nn.Embedding(vocab_size, d_model), mixers, d_model))
+        nn.init.normal_(self.backbone.embedding.weight, std=0.02)  # type: ignore[arg-type]
+        self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
+        self.lm_head.weight = self.backbone.embedding.weight  # type: ignore[assignment]
+
+    def forward(self, tokens_BL: Tensor) -> Tensor:
+        logits_BLV: Tensor = self.lm_head(self.backbone(tokens_BL))
+        return logits_BLV
+
+
+class Classifier(SequenceModel):
+    """Mean pooling over time and a linear layer: features (B, L, I) -> logits (B, K)."""
+
+    def __init__(self, n_features: int, n_classes: int, d_model: int, mixers: Sequence[TruncatableLayer]) -> None:
+        super().__init__(Backbone(nn.Linear(n_features, d_model), mixers, d_model))
+        self.head = nn.Linear(d_model, n_classes)
+
+    def forward(self, features_BLI: Tensor) -> Tensor:
+        logits_BK: Tensor = self.head(self.backbone(features_BLI).mean(1))
+        return logits_BK

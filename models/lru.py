@@ -1,0 +1,161 @@
+"""The Linear Recurrent Unit (arXiv 2303.06349), its complex weights as separate real parameters.
+
+Shapes: B batch, L time, H d_model, N d_state, R d_state after a cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from compression.gramians import LTISystem
+from compression.moments import ComplexMoments, ParameterState
+from compression.truncation import LayerPlan, StateTransform
+from models.layer import TruncatableLayer
+from models.scan.linear import linear_scan
+
+# The parametrisation exp(-exp(nu) + i exp(theta)) has no zero eigenvalue; this stands for one.
+SMALLEST_MAGNITUDE = 1e-12
+
+
+class LRUConfig(BaseModel):
+    """A stack of LRU blocks, each with a gated linear unit after the recurrence."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["lru"]
+    n_layers: int = Field(ge=1, description="Number of blocks.")
+    d_model: int = Field(ge=1, description="Width of the residual stream.")
+    d_state: int = Field(ge=1, description="State dimension of every layer before the first cut.")
+    r_min: float = Field(0.9, ge=0, lt=1, description="Smallest magnitude of an eigenvalue at the start.")
+    r_max: float = Field(0.999, gt=0, lt=1, description="Largest magnitude of an eigenvalue at the start.")
+    max_phase: float = Field(2 * math.pi, gt=0, description="Largest phase of an eigenvalue, in radians.")
+
+    @model_validator(mode="after")
+    def _ring_has_a_width(self) -> LRUConfig:
+        if self.r_min >= self.r_max:
+            raise ValueError(f"r_min {self.r_min:g} must lie below r_max {self.r_max:g}")
+        return self
+
+
+class LRU(TruncatableLayer):
+    """Linear recurrence followed by GELU and a gated linear unit, (B, L, H) -> (B, L, H)."""
+
+    ssm_parameters = frozenset({"nu_log", "theta_log", "gamma_log", "B_re", "B_im", "C_re", "C_im", "D"})
+
+    def __init__(self, config: LRUConfig, d_state: int) -> None:
+        super().__init__()
+        self.d_state = d_state
+        N, H = d_state, config.d_model
+        # Uniform on the ring between r_min and r_max (LRU paper, lemma 3.2).
+        magnitude2_N = torch.rand(N) * (config.r_max**2 - config.r_min**2) + config.r_min**2
+        nu_log_N = (-0.5 * magnitude2_N.log()).log()
+        theta_log_N = (config.max_phase * (1 - torch.rand(N))).log()
+        self.nu_log = nn.Parameter(nu_log_N)
+        self.theta_log = nn.Parameter(theta_log_N)
+        self.gamma_log = nn.Parameter((1 - magnitude2_N).sqrt().log())
+        self.B_re = nn.Parameter(torch.randn(N, H) / math.sqrt(2 * H))
+        self.B_im = nn.Parameter(torch.randn(N, H) / math.sqrt(2 * H))
+        self.C_re = nn.Parameter(torch.randn(H, N) / math.sqrt(N))
+        self.C_im = nn.Parameter(torch.randn(H, N) / math.sqrt(N))
+        self.D = nn.Parameter(torch.randn(H))
+        self.glu = nn.Linear(H, 2 * H)
+
+    def forward(self, x_BLH: Tensor) -> Tensor:
+        eigenvalues_N = torch.exp(torch.complex(-self.nu_log.exp(), self.theta_log.exp()))
+        gamma_N1 = self.gamma_log.exp().unsqueeze(-1)
+        B_HN = torch.complex(self.B_re * gamma_N1, self.B_im * gamma_N1).T
+        h_BLN = linear_scan(eigenvalues_N, x_BLH.to(B_HN.dtype) @ B_HN)
+        y_BLH = h_BLN.real @ self.C_re.T - h_BLN.imag @ self.C_im.T + self.D * x_BLH
+        out_BLH: Tensor = nn.functional.glu(self.glu(nn.functional.gelu(y_BLH)), dim=-1)
+        return out_BLH
+
+    def start_statistics(self) -> None:
+        """Nothing to gather: an LTI layer's Gramians follow from its weights."""
+
+    @torch.no_grad()
+    def finish_statistics(self) -> LTISystem:
+        eigenvalues_N = torch.exp(torch.complex(-self.nu_log.double().exp(), self.theta_log.double().exp()))
+        gamma_N1 = self.gamma_log.double().exp().unsqueeze(-1)
+        return LTISystem(
+            eigenvalues_N,
+            torch.complex(self.B_re.double(), self.B_im.double()) * gamma_N1,
+            torch.complex(self.C_re.double(), self.C_im.double()),
+        )
+
+    def shrink(self, plan: LayerPlan, states: Mapping[str, ParameterState]) -> dict[str, ParameterState]:
+        """The balanced, truncated and diagonal system in the LRU's own parameters.
+
+        B and C go through the plan's projections; their moments through the transposed inverses of those, which
+        are the projections' biorthogonal partners. gamma starts again at its normalising value.
+        """
+        cut = plan.reduction
+        assert isinstance(cut, StateTransform), "an LRU layer is cut by balanced truncation"
+        device = states["nu_log"].value.device
+        left_RN, right_NR = cut.left_RN.to(device), cut.right_NR.to(device)
+        new_R = _polar(cut.eigenvalues_R.to(device))
+        gamma_new_R = (1 - new_R.abs().square()).sqrt()
+        gamma_old_N = states["gamma_log"].value.double().exp()
+
+        B_NH = torch.complex(states["B_re"].value.double(), states["B_im"].value.double())
+        B_RH = (left_RN @ (gamma_old_N[:, None] * B_NH)) / gamma_new_R[:, None]
+        B_moments = ComplexMoments.of(states["B_re"], states["B_im"]).through(
+            gamma_new_R[:, None] * right_NR.mH / gamma_old_N
+        )
+        B_re, B_im = B_moments.with_values(B_RH.real, B_RH.imag)
+
+        C_HN = torch.complex(states["C_re"].value.double(), states["C_im"].value.double())
+        C_HR = C_HN @ right_NR
+        C_moments = ComplexMoments.of(states["C_re"], states["C_im"]).T.through(left_RN.conj()).T
+        C_re, C_im = C_moments.with_values(C_HR.real, C_HR.imag)
+
+        # exp(gamma_log) multiplies row i of B, so its gradient is the inner product of B_i and B_i's gradient.
+        gamma_log = ParameterState(
+            gamma_new_R.log().float(),
+            (B_re.value * B_re.exp_avg + B_im.value * B_im.exp_avg).sum(1),
+            (B_re.value**2 * B_re.exp_avg_sq + B_im.value**2 * B_im.exp_avg_sq).sum(1),
+        )
+        nu_log, theta_log = _shrink_eigenvalues(states["nu_log"], states["theta_log"], cut, new_R)
+        return dict(states) | {
+            "nu_log": nu_log,
+            "theta_log": theta_log,
+            "gamma_log": gamma_log,
+            "B_re": B_re,
+            "B_im": B_im,
+            "C_re": C_re,
+            "C_im": C_im,
+        }
+
+
+def _polar(eigenvalues_R: Tensor) -> Tensor:
+    """Eigenvalues that the parametrisation can hold: not zero, and not 1 to float32's rounding."""
+    magnitude_R = eigenvalues_R.abs().clamp(SMALLEST_MAGNITUDE, 1 - torch.finfo(torch.float32).eps)
+    return torch.polar(magnitude_R, eigenvalues_R.angle())
+
+
+def _shrink_eigenvalues(
+    nu_log: ParameterState, theta_log: ParameterState, cut: StateTransform, new_R: Tensor
+) -> tuple[ParameterState, ParameterState]:
+    """New eigenvalues, and moments from first-order perturbation theory.
+
+    To first order an eigenvalue of the reduced system moves by sum_n left_rn right_nr dlambda_n (Greenbaum, Li,
+    Overton, SIAM Review 2020, theorem 1). In s = log lambda that is a linear map; gradients take its
+    pseudo-inverse, conjugate transposed.
+    """
+    old_nu_N, old_theta_N = nu_log.value.double().exp(), theta_log.value.double().exp()
+    old_N = torch.exp(torch.complex(-old_nu_N, old_theta_N))
+    sensitivity_RN = cut.left_RN.to(old_N.device) * cut.right_NR.to(old_N.device).T * old_N / new_R[:, None]
+    gradient_map_RN = torch.linalg.pinv(sensitivity_RN.mH)
+
+    # s = -exp(nu_log) + i exp(theta_log)
+    in_s = ComplexMoments.of(nu_log, theta_log).scaled(-1 / old_nu_N, 1 / old_theta_N)
+    nu_R = -new_R.abs().log()
+    # A real positive eigenvalue has phase 0, whose logarithm does not exist; 2 pi is the same phase.
+    theta_R = new_R.angle()
+    theta_R = torch.where(theta_R > 0, theta_R, theta_R + 2 * math.pi)
+    return in_s.through(gradient_map_RN).scaled(-nu_R, theta_R).with_values(nu_R.log(), theta_R.log())

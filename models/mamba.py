@@ -1,0 +1,96 @@
+"""Mamba-1's mixer (arXiv 2312.00752), with the parameter names and initialisation of state-spaces/mamba.
+
+Shapes: B batch, L time, M d_model, D d_inner, N d_state, R dt_rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from compression.gramians import SelectiveMoments
+from compression.moments import ParameterState
+from compression.truncation import LayerPlan, StateSelection
+from models.layer import TruncatableLayer
+from models.scan.selective import selective_scan
+
+
+class MambaConfig(BaseModel):
+    """A stack of Mamba-1 blocks."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["mamba"]
+    n_layers: int = Field(ge=1, description="Number of blocks.")
+    d_model: int = Field(ge=1, description="Width of the residual stream.")
+    d_state: int = Field(16, ge=1, description="State dimension of every layer before the first cut.")
+    d_conv: int = Field(4, ge=1, description="Width of the causal convolution, in time steps.")
+    expand: int = Field(2, ge=1, description="Inner width as a multiple of d_model.")
+
+
+class Mamba(TruncatableLayer):
+    """Selective state-space mixer, (B, L, M) -> (B, L, M)."""
+
+    ssm_parameters = frozenset({"A_log", "D", "dt_proj.bias"})
+
+    def __init__(self, config: MambaConfig, d_state: int) -> None:
+        super().__init__()
+        self.d_state = d_state
+        self.d_inner = config.expand * config.d_model
+        self.dt_rank = math.ceil(config.d_model / 16)
+        self.in_proj = nn.Linear(config.d_model, 2 * self.d_inner, bias=False)
+        self.conv1d = nn.Conv1d(
+            self.d_inner, self.d_inner, config.d_conv, groups=self.d_inner, padding=config.d_conv - 1
+        )
+        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
+        A_N = torch.arange(1, d_state + 1, dtype=torch.float32)
+        self.A_log = nn.Parameter(A_N.log().repeat(self.d_inner, 1))
+        self.D = nn.Parameter(torch.ones(self.d_inner))
+        self.out_proj = nn.Linear(self.d_inner, config.d_model, bias=False)
+        self._initialise(config.n_layers)
+        self._moments: SelectiveMoments | None = None
+
+    @torch.no_grad()
+    def _initialise(self, n_layers: int) -> None:
+        """dt starts log-uniform in [1e-3, 1e-1]; the output is scaled down with depth (mamba_simple.py)."""
+        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        dt_D = (torch.rand(self.d_inner) * (math.log(1e-1) - math.log(1e-3)) + math.log(1e-3)).exp()
+        self.dt_proj.bias.copy_(dt_D + torch.log(-torch.expm1(-dt_D)))
+        nn.init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
+        self.out_proj.weight /= math.sqrt(n_layers)
+
+    def forward(self, x_BLM: Tensor) -> Tensor:
+        x_BLD, z_BLD = self.in_proj(x_BLM).chunk(2, dim=-1)
+        x_BLD = F.silu(self.conv1d(x_BLD.transpose(1, 2))[..., : x_BLM.shape[1]].transpose(1, 2))
+        dt_BLR, B_BLN, C_BLN = self.x_proj(x_BLD).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt_BLD = F.softplus(self.dt_proj(dt_BLR))
+        y_BLD = selective_scan(x_BLD, dt_BLD, -self.A_log.exp(), B_BLN, C_BLN, self._moments)
+        out_BLM: Tensor = self.out_proj((y_BLD + self.D * x_BLD) * F.silu(z_BLD))
+        return out_BLM
+
+    def start_statistics(self) -> None:
+        self._moments = SelectiveMoments.zeros(self.d_inner, self.d_state, self.D.device)
+
+    def finish_statistics(self) -> SelectiveMoments:
+        assert self._moments is not None, "start_statistics comes first"
+        moments, self._moments = self._moments, None
+        return moments
+
+    def shrink(self, plan: LayerPlan, states: Mapping[str, ParameterState]) -> dict[str, ParameterState]:
+        """Keep the chosen states in all channels: columns of A_log, and their rows of x_proj for B and for C."""
+        assert isinstance(plan.reduction, StateSelection), "a Mamba layer is cut by choosing states"
+        kept = torch.tensor(plan.reduction.kept)
+        rows = torch.cat(
+            [torch.arange(self.dt_rank), self.dt_rank + kept, self.dt_rank + plan.dim_before + kept]
+        )
+        return dict(states) | {
+            "A_log": states["A_log"].select(lambda part: part[:, kept]),
+            "x_proj.weight": states["x_proj.weight"].select(lambda part: part[rows]),
+        }

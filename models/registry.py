@@ -1,0 +1,46 @@
+"""From a model's config and its task to a module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+from models.heads import Classifier, LanguageModel, SequenceModel
+from models.layer import TruncatableLayer
+from models.lru import LRU, LRUConfig
+from models.mamba import Mamba, MambaConfig
+
+ModelConfig = Annotated[LRUConfig | MambaConfig, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class LanguageTask:
+    """Predict the next of `vocab_size` tokens."""
+
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class ClassificationTask:
+    """Tell a sequence of `n_features` numbers per step apart into `n_classes`."""
+
+    n_features: int
+    n_classes: int
+
+
+Task = LanguageTask | ClassificationTask
+
+
+def build_model(config: LRUConfig | MambaConfig, task: Task, state_dims: Sequence[int]) -> SequenceModel:
+    """A freshly initialised model with one state dimension per layer, on the CPU, in float32."""
+    assert len(state_dims) == config.n_layers
+    mixers: Sequence[TruncatableLayer]
+    if isinstance(config, MambaConfig):
+        mixers = [Mamba(config, dim) for dim in state_dims]
+    else:
+        mixers = [LRU(config, dim) for dim in state_dims]
+    if isinstance(task, LanguageTask):
+        return LanguageModel(task.vocab_size, config.d_model, mixers)
+    return Classifier(task.n_features, task.n_classes, config.d_model, mixers)

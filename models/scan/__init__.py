@@ -1,0 +1,1 @@
+"""The scans that make state-space models fast: one public function per recurrence."""

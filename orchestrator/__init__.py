@@ -1,0 +1,1 @@
+"""The command, the driver and the workers: the only place that knows Ray, DeepSpeed and MLflow."""

@@ -1,0 +1,159 @@
+"""Checkpoints: every rank writes the parameters it owns as safetensors, rank 0 a JSON manifest.
+
+A checkpoint is complete or absent: it is written into `<name>.partial` and renamed at the end. Whole parameters
+lie in the shards, so any number of workers can read them. There is no pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from compression.moments import ParameterState
+from orchestrator.errors import UserError
+from orchestrator.group import Group
+from orchestrator.sharded_state import ShardedState, assign_owners
+
+MANIFEST = "manifest.json"
+_PARTS = ("value", "exp_avg", "exp_avg_sq")
+
+
+class Shard(BaseModel):
+    """One rank's file. The pattern keeps a manifest from pointing outside its folder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: Annotated[str, Field(pattern=r"^shard-\d{5}-of-\d{5}\.safetensors$")]
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """What a checkpoint holds. `digest` is the SHA-256 of all other fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    step: int
+    optimizer_step: int
+    state_dims: list[int]
+    shapes: dict[str, tuple[int, ...]]
+    shard_of: dict[str, int]
+    shards: list[Shard]
+    truncations: list[dict[str, Any]]
+    config: dict[str, Any]
+    digest: str = ""
+
+    def content_digest(self) -> str:
+        content = self.model_dump(mode="json", exclude={"digest"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def save(
+    folder: Path,
+    step: int,
+    state: ShardedState,
+    state_dims: Sequence[int],
+    truncations: Sequence[dict[str, Any]],
+    config: dict[str, Any],
+    group: Group,
+) -> Path:
+    """Write the checkpoint of `step` below `folder`; collective. Returns its path, the same on every rank."""
+    final = folder / f"step-{step:08d}"
+    partial = final.with_name(final.name + ".partial")
+    if group.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    group.barrier()
+    files = [f"shard-{rank:05d}-of-{group.size:05d}.safetensors" for rank in range(group.size)]
+    own = partial / files[group.rank]
+    tensors = {
+        f"{part}:{name}": tensor.contiguous()
+        for name, parameter in state.own.items()
+        for part, tensor in zip(_PARTS, parameter.tensors(), strict=True)
+    }
+    save_file(tensors, own)
+    digests = group.gather_digests(_sha256(own))
+    if group.rank == 0:
+        manifest = Manifest(
+            step=step,
+            optimizer_step=state.optimizer_step,
+            state_dims=list(state_dims),
+            shapes=state.shapes,
+            shard_of=state.owners,
+            shards=[Shard(file=file, sha256=digest) for file, digest in zip(files, digests, strict=True)],
+            truncations=list(truncations),
+            config=config,
+        )
+        manifest = manifest.model_copy(update={"digest": manifest.content_digest()})
+        (partial / MANIFEST).write_text(manifest.model_dump_json(indent=1))
+        shutil.rmtree(final, ignore_errors=True)  # a resumed run writes the same steps again
+        os.rename(partial, final)
+    group.barrier()
+    return final
+
+
+def newest(folder: Path) -> Path | None:
+    """The complete checkpoint of the highest step below `folder`."""
+    return max((path.parent for path in folder.glob(f"step-*/{MANIFEST}") if path.parent.suffix == ""), default=None)
+
+
+def verify(path: Path) -> Manifest:
+    """The manifest of a checkpoint whose files are all as they were written.
+
+    Raises:
+        UserError: names the file that is missing or damaged.
+    """
+    manifest = _read_manifest(path / MANIFEST)
+    for shard in manifest.shards:
+        file = path / shard.file
+        if not file.is_file():
+            raise UserError(f"checkpoint shard {file} is missing")
+        if _sha256(file) != shard.sha256:
+            raise UserError(f"checkpoint shard {file} is damaged: its checksum is not the manifest's")
+    return manifest
+
+
+def load(path: Path, group: Group) -> ShardedState:
+    """This rank's share of a verified checkpoint, at any number of workers."""
+    manifest = _read_manifest(path / MANIFEST)
+    sizes = {name: math.prod(shape) for name, shape in manifest.shapes.items()}
+    owners = assign_owners(sizes, group.size)
+    state = ShardedState(owners, dict(manifest.shapes), {}, manifest.optimizer_step)
+    for index, shard in enumerate(manifest.shards):
+        wanted = [n for n, owner in owners.items() if owner == group.rank and manifest.shard_of[n] == index]
+        if not wanted:
+            continue
+        try:
+            with safe_open(path / shard.file, framework="pt") as file:
+                for name in wanted:
+                    state.own[name] = ParameterState(*(file.get_tensor(f"{part}:{name}") for part in _PARTS))
+        except SafetensorError as error:
+            raise UserError(f"checkpoint shard {path / shard.file} is damaged: {error}") from error
+    return state
+
+
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        manifest = Manifest.model_validate_json(path.read_text())
+    except OSError as error:
+        raise UserError(f"checkpoint manifest {path} is missing or unreadable") from error
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise UserError(f"checkpoint manifest {path} is damaged") from error
+    if manifest.content_digest() != manifest.digest:
+        raise UserError(f"checkpoint manifest {path} is damaged: its content does not match its digest")
+    return manifest
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

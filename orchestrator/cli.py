@@ -1,0 +1,138 @@
+"""The `rayduce` command."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import ParamSpec
+
+import click
+
+from orchestrator.errors import TrainingError, UserError
+
+# Each command imports what it needs: `--help` and a typing error should not wait seconds for torch and Ray.
+
+P = ParamSpec("P")
+
+
+def _told_plainly(command: Callable[P, None]) -> Callable[P, None]:
+    """Errors as one sentence: exit code 2 for what the user can mend, 1 for a training that failed."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except (UserError, TrainingError) as error:
+            print(f"rayduce: {error}", file=sys.stderr)
+            sys.exit(2 if isinstance(error, UserError) else 1)
+        except KeyboardInterrupt:
+            print("rayduce: interrupted; --resume continues from the last checkpoint", file=sys.stderr)
+            sys.exit(130)
+
+    return run
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="rayduce")
+def main() -> None:
+    """Train state-space models on a Ray cluster and make them smaller while they train."""
+    # torch and DeepSpeed look for ninja, which pip put beside this interpreter.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", metavar="[KEY.SUB=VALUE]...", nargs=-1)
+@click.option("--resume", is_flag=True, help="Continue the newest run of this name from its last checkpoint.")
+@_told_plainly
+def train(config: Path, overrides: tuple[str, ...], resume: bool) -> None:
+    """Train what CONFIG describes, truncating its states on the way.
+
+    CONFIG is a YAML file; KEY.SUB=VALUE replaces one of its settings by a YAML value. Training runs on the Ray
+    cluster that RAY_ADDRESS names, else on this machine. Every run gets a folder of its own below `storage`
+    (NAME, NAME-2, ...) with metrics, plans, checkpoints, figures and a report. Ctrl-C stops a run.
+
+    \b
+    Examples:
+      rayduce train configs/quickstart.yaml
+      rayduce train configs/quickstart.yaml truncation.target.dim=8 train.steps=1000
+      rayduce train configs/quickstart.yaml --resume
+    """
+    from orchestrator.config import load_config
+
+    run_config = load_config(config, overrides)
+    from orchestrator import launch
+
+    launch.train(run_config, resume)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@_told_plainly
+def report(run: Path) -> None:
+    """Draw the figures and the HTML page of the run in folder RUN again.
+
+    Everything comes from the run's own files, so this works while it trains and after it was killed. The page,
+    RUN/report.html, needs no other file and no network.
+    """
+    from orchestrator.report import write_report
+
+    print(write_report(run))
+
+
+@main.command()
+@_told_plainly
+def doctor() -> None:
+    """Tell what this machine has and lacks for training, and what to do about it.
+
+    Looks at Python, compiler, cores, memory, disk, GPU, Ray, DeepSpeed and MLflow. Exit code 1 if training
+    cannot work here.
+    """
+    from orchestrator.doctor import examine, format_findings
+
+    findings = examine()
+    print(format_findings(findings))
+    sys.exit(any(finding.state == "missing" for finding in findings))
+
+
+@main.group()
+def data() -> None:
+    """List and prepare datasets."""
+
+
+@data.command(name="list")
+@_told_plainly
+def data_list() -> None:
+    """List the sources that `data.source` can name, with their settings."""
+    from orchestrator.data.sources import SOURCES
+
+    for name, source in SOURCES.items():
+        print(f"{name}\n  {source.__doc__}")
+        for key, field in source.model_fields.items():
+            if key != "source":
+                default = "required" if field.is_required() else f"default {field.default}"
+                print(f"    data.{key}: {field.description} ({default})")
+
+
+@data.command(name="prepare")
+@click.argument("name")
+@click.argument("settings", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option(
+    "--data-root", type=click.Path(path_type=Path), default=Path("data"), show_default=True, help="Folder of datasets."
+)
+@_told_plainly
+def data_prepare(name: str, settings: tuple[str, ...], data_root: Path) -> None:
+    """Write the Arrow files of source NAME now. Training does it by itself where they are missing.
+
+    \b
+    Examples:
+      rayduce data prepare stdlib
+      rayduce data prepare text path=book.txt
+    """
+    from orchestrator.config import parse_data
+    from orchestrator.data.sources import prepare
+
+    print(prepare(parse_data(name, settings), data_root.expanduser().resolve()))

@@ -1,0 +1,294 @@
+"""RunConfig: everything a run is told, checked before anything starts.
+
+Each part is owned by what uses it (models, data, truncation target and timing); this file puts them together,
+reads YAML and `key.sub=value` overrides, and turns what pydantic finds into one sentence.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+from compression.ranking import Target
+from compression.schedule import Steps, Window
+from models.registry import ModelConfig
+from orchestrator.data.sources import SOURCES, DataConfig, Digits, StdlibText, TextFiles
+from orchestrator.errors import UserError
+
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class TrainConfig(_Part):
+    """The optimizer and how often what happens."""
+
+    steps: int = Field(ge=1, description="Optimizer steps of the whole run.")
+    batch_size: int = Field(ge=1, description="Sequences per step, over all workers together.")
+    lr: float = Field(gt=0, description="Peak learning rate of AdamW.")
+    ssm_lr_factor: float = Field(1.0, gt=0, description="Learning rate of state-space parameters as a multiple.")
+    warmup: float = Field(0.1, ge=0, le=1, description="Share of the steps with a rising learning rate.")
+    min_lr_factor: float = Field(0.1, ge=0, le=1, description="Last learning rate as a share of the peak (cosine).")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="Adam's averaging coefficients.")
+    weight_decay: float = Field(0.1, ge=0, description="Of weight matrices; never of state-space parameters.")
+    grad_clip: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 for no clipping.")
+    eval_every: int = Field(100, ge=1, description="Steps between evaluations on held-out data.")
+    eval_batches: int = Field(8, ge=1, description="Held-out batches of batch_size per evaluation.")
+    log_every: int = Field(10, ge=1, description="Steps between reports of loss and speed.")
+    checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints; there is one at the end too.")
+
+
+class TruncationConfig(_Part):
+    """When to probe the state and how far to cut it."""
+
+    target: Target
+    window: Window | None = Field(None, description="Equidistant probes; the default timing.")
+    steps: Steps | None = Field(None, description="Explicit probe steps instead of a window.")
+    probe_batches: int = Field(2, ge=1, description="Training batches from which a probe takes its statistics.")
+
+    @model_validator(mode="after")
+    def _one_timing(self) -> TruncationConfig:
+        if self.window is not None and self.steps is not None:
+            raise ValueError("takes window or steps, not both")
+        if self.steps is not None and any(b <= a for a, b in zip(self.steps, self.steps[1:], strict=False)):
+            raise ValueError(f"steps {list(self.steps)} must increase")
+        return self
+
+    def probe_steps(self, total_steps: int) -> tuple[int, ...]:
+        """Steps (from 1) after which the state is probed."""
+        return self.steps if self.steps is not None else (self.window or Window()).probe_steps(total_steps)
+
+
+class ClusterConfig(_Part):
+    """What the run occupies."""
+
+    workers: int = Field(1, ge=1, description="Ray Train workers.")
+    cpus_per_worker: int = Field(1, ge=1, description="CPU cores, and threads, per worker.")
+    use_gpu: bool = Field(False, description="One GPU per worker.")
+    zero_stage: Literal[1, 2] = Field(2, description="DeepSpeed ZeRO stage.")
+    timeout_s: float = Field(300, gt=0, description="How long workers wait for each other, in seconds.")
+
+
+class TrackingConfig(_Part):
+    """Where metrics go besides the run's own folder."""
+
+    mlflow: bool = Field(True, description="Log to MLflow.")
+    mlflow_uri: str | None = Field(None, description="MLflow server; by default SQLite beside the runs.")
+    experiment: str = Field("rayduce", min_length=1, description="MLflow experiment.")
+
+
+class RunConfig(_Part):
+    """One training run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Folder of the run below storage.")
+    seed: int = Field(0, ge=0, description="Of initialisation and data order.")
+    storage: Path = Field(Path("runs"), description="Folder of all runs; on a cluster, one that all nodes see.")
+    data_root: Path = Field(Path("data"), description="Folder of the prepared datasets.")
+    data: DataConfig
+    model: ModelConfig
+    train: TrainConfig
+    truncation: TruncationConfig | None = Field(None, description="Left out: train at full size.")
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("storage", "data_root")
+    @classmethod
+    def _absolute(cls, path: Path) -> Path:
+        # Workers run in another directory than the driver.
+        return path.expanduser().resolve()
+
+    @field_validator("data", mode="after")
+    @classmethod
+    def _absolute_text(cls, data: DataConfig, _info: ValidationInfo) -> DataConfig:
+        if isinstance(data, TextFiles):
+            return data.model_copy(update={"path": data.path.expanduser().resolve()})
+        return data
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RunConfig:
+        if self.train.batch_size % self.cluster.workers:
+            raise ValueError(
+                f"train.batch_size {self.train.batch_size} must be a multiple of cluster.workers "
+                f"{self.cluster.workers}"
+            )
+        if self.truncation is not None:
+            dim = self.truncation.target.dim
+            if dim is not None and dim > self.model.d_state:
+                raise ValueError(
+                    f"truncation.target.dim {dim} must lie between 1 and model.d_state {self.model.d_state}"
+                )
+            probes = self.probe_steps
+            if probes[-1] > self.train.steps:
+                raise ValueError(
+                    f"truncation.steps has a probe at step {probes[-1]}, after the last step, train.steps "
+                    f"{self.train.steps}"
+                )
+            if probes[0] < 1 or len(set(probes)) < len(probes):
+                raise ValueError(
+                    f"truncation.window.events {len(probes)} do not fit between steps 1 and {probes[-1]}, "
+                    "where the window ends"
+                )
+        return self
+
+    @property
+    def probe_steps(self) -> tuple[int, ...]:
+        return self.truncation.probe_steps(self.train.steps) if self.truncation is not None else ()
+
+    @property
+    def seq_len(self) -> int | None:
+        """Tokens per sequence; None where the dataset's examples have a length of their own."""
+        return getattr(self.data, "seq_len", None)
+
+    def to_yaml(self) -> str:
+        """The effective config; `load_config` reads it back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+# A resumed run may differ from its checkpoint in these; anything else would make it another run.
+RESUMABLE = ("name", "storage", "data_root", "cluster", "tracking", "train.eval_every", "train.log_every", "train.checkpoint_every")
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply `key.sub=value` overrides (values are YAML), and check everything.
+
+    Raises:
+        UserError: one sentence naming the setting, its value and what is valid.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"config {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"config {path} must hold settings as `key: value`, for example `name: quickstart`")
+    for override in overrides:
+        _apply(raw, override)
+    return parse_config(raw)
+
+
+def parse_config(raw: dict[str, Any]) -> RunConfig:
+    """Check plain values against the schema.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    return _validate(RunConfig, raw)
+
+
+class _DataOnly(_Part):
+    data: DataConfig
+
+
+def parse_data(source: str, settings: Sequence[str]) -> StdlibText | TextFiles | Digits:
+    """The data part alone, from a source's name and `key=value` settings.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    raw: dict[str, Any] = {"source": source}
+    for setting in settings:
+        _apply(raw, setting)
+    return _validate(_DataOnly, {"data": raw}).data
+
+
+def _validate(schema: type[Schema], raw: dict[str, Any]) -> Schema:
+    try:
+        return schema.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(_sentence(error)) from error
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of a nested mapping as ("train.lr", 0.001) pairs."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def refuse_other_run(config: RunConfig, saved: dict[str, Any]) -> None:
+    """Check that `config` may continue a run that was started with `saved`.
+
+    Raises:
+        UserError: names every key that differs and may not.
+    """
+    now, then = dict(flatten(config.model_dump(mode="json"))), dict(flatten(saved))
+    changed = [
+        f"{key} (was {then.get(key)!r}, is {now.get(key)!r})"
+        for key in sorted(now.keys() | then.keys())
+        if now.get(key) != then.get(key) and not any(key == r or key.startswith(r + ".") for r in RESUMABLE)
+    ]
+    if changed:
+        raise UserError(f"run {config.name} cannot be resumed with another value of {', '.join(changed)}")
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} must look like key.sub=value, for example train.lr=0.001")
+    *parents, last = key.split(".")
+    for parent in parents:
+        raw = raw.setdefault(parent, {})
+        if raw is None or not isinstance(raw, dict):
+            raise UserError(f"override {override!r}: {parent} is a value, not a group of settings")
+    try:
+        raw[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: {text!r} is not a YAML value") from error
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first of pydantic's findings as one sentence."""
+    # An unknown key often makes another one missing: the typing error explains both.
+    found = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")[0]
+    location = [part for part in found["loc"] if part not in _UNION_TAGS]
+    key = ".".join(map(str, location))
+    if found["type"] == "extra_forbidden":
+        valid = _valid_keys(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"valid keys here: {', '.join(valid)}"
+        return f"unknown key {key}; {hint}"
+    if found["type"] == "missing":
+        return f"{key} is required and not set"
+    message = found["msg"].removeprefix("Value error, ")
+    if found["type"] == "union_tag_not_found":
+        tag = found["ctx"]["discriminator"].strip("'")
+        return f"{key}.{tag} is required and not set"
+    if found["type"] == "union_tag_invalid":
+        context = found["ctx"]
+        tag = context["discriminator"].strip("'")
+        return f"{key}.{tag} {context['tag']!r} must be one of: {context['expected_tags']}"
+    if found["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key} is {found['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+# pydantic puts the chosen variant of a tagged union into the location, where no setting of that name is.
+_UNION_TAGS = {"mamba", "lru", *SOURCES}
+
+
+def _valid_keys(location: Sequence[Any]) -> list[str]:
+    models: list[type[BaseModel]] = [RunConfig]
+    for part in location:
+        models = [m for model in models if part in model.model_fields for m in _models_in(model.model_fields[part].annotation)]
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The pydantic models that a field may hold, through Annotated and unions."""
+    if get_origin(annotation) is Annotated:
+        return _models_in(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [model for option in get_args(annotation) for model in _models_in(option)]
+    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []

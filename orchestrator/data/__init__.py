@@ -1,0 +1,1 @@
+"""Sources, their Arrow files, and batches by step."""

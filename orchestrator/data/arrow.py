@@ -1,0 +1,123 @@
+"""A dataset on disk: one memory-mapped Arrow file per split and a small description beside them.
+
+A dataset is one of two kinds. "tokens": a flat column of uint8 tokens, cut into windows when it is read.
+"examples": a column of float32 feature vectors (a fixed-size list per example) and a column of labels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from models.registry import ClassificationTask, LanguageTask, Task
+from orchestrator.errors import UserError
+
+DATASET_FORMAT = 1
+DESCRIPTION = "dataset.json"
+Split = Literal["train", "val"]
+SPLITS: tuple[Split, Split] = ("train", "val")
+
+
+class Description(BaseModel):
+    """What `dataset.json` says: the kind, the sizes, and a SHA-256 of each split's file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = DATASET_FORMAT
+    kind: Literal["tokens", "examples"]
+    origin: str
+    vocab_size: int = 0
+    n_features: int = 0
+    n_classes: int = 0
+    sha256: dict[Split, str]
+
+    @property
+    def task(self) -> Task:
+        if self.kind == "tokens":
+            return LanguageTask(self.vocab_size)
+        return ClassificationTask(self.n_features, self.n_classes)
+
+
+def write_tokens(folder: Path, splits: Mapping[Split, NDArray[np.uint8]], origin: str) -> None:
+    """Write byte-level text, one array of tokens per split. An existing folder is left as it is."""
+    tables = {split: pa.table({"tokens": pa.array(tokens)}) for split, tokens in splits.items()}
+    _write(folder, tables, kind="tokens", origin=origin, vocab_size=256)
+
+
+def write_examples(
+    folder: Path,
+    splits: Mapping[Split, tuple[NDArray[np.float32], NDArray[np.int64]]],
+    n_classes: int,
+    origin: str,
+) -> None:
+    """Write labelled sequences: features (examples, L, I) and labels (examples,) per split."""
+    tables = {}
+    for split, (features, labels) in splits.items():
+        flat = pa.array(features.reshape(-1))
+        column = pa.FixedSizeListArray.from_arrays(flat, features.shape[1] * features.shape[2])
+        tables[split] = pa.table({"features": column, "label": pa.array(labels)})
+    n_features = splits["train"][0].shape[2]
+    _write(folder, tables, kind="examples", origin=origin, n_features=n_features, n_classes=n_classes)
+
+
+def _write(folder: Path, tables: Mapping[Split, pa.Table], **description: object) -> None:
+    """Write beside the folder and rename, so that the dataset is complete or absent."""
+    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        partial.mkdir(parents=True)
+        digests = {}
+        for split, table in tables.items():
+            path = partial / f"{split}.arrow"
+            with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+                writer.write_table(table)  # one record batch, so that a split is one contiguous column
+            digests[split] = hashlib.sha256(path.read_bytes()).hexdigest()
+        text = Description.model_validate(description | {"sha256": digests}).model_dump_json(indent=2)
+        (partial / DESCRIPTION).write_text(text + "\n")
+        try:
+            os.rename(partial, folder)
+        except OSError:
+            if not (folder / DESCRIPTION).exists():  # not merely another worker that was faster
+                raise
+    except OSError as error:
+        raise UserError(f"data cannot be written to {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def describe(folder: Path) -> Description:
+    """The description of a dataset.
+
+    Raises:
+        UserError: it is missing, unreadable, or of another format.
+    """
+    path = folder / DESCRIPTION
+    try:
+        return Description.model_validate(json.loads(path.read_text()))
+    except OSError as error:
+        raise UserError(f"no dataset at {folder}: {path.name} is missing or unreadable") from error
+    except (ValidationError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is damaged; delete {folder} to have it prepared again") from error
+
+
+def read(folder: Path, split: Split) -> pa.RecordBatch:
+    """A split's single record batch, memory-mapped: nothing is read before it is used.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    path = folder / f"{split}.arrow"
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{path} is missing or damaged; delete {folder} to have it prepared again") from error

@@ -1,0 +1,121 @@
+"""Batches by step: the batch of a step is a function of (seed, step) alone.
+
+Rank and number of workers only say which rows of it a worker takes, so any number of workers sees the same
+global batches and a resumed run continues exactly.
+
+Shapes: B rows of this worker, L time, I features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from orchestrator.data import arrow
+from orchestrator.errors import UserError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs and what is to be predicted: (B, L) and (B, L) int64, or (B, L, I) float32 and (B,) int64."""
+
+    inputs: Tensor
+    targets: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.inputs.to(device), self.targets.to(device))
+
+
+class _TokenWindows:
+    """Windows of seq_len + 1 tokens that overlap by one, so that every token but the first is predicted once."""
+
+    def __init__(self, folder: Path, split: arrow.Split, seq_len: int) -> None:
+        self.tokens: NDArray[np.uint8] = arrow.read(folder, split).column("tokens").to_numpy()
+        self.seq_len = seq_len
+        self.length = (len(self.tokens) - 1) // seq_len
+        if self.length < 1:
+            raise UserError(
+                f"data.seq_len {seq_len} needs {seq_len + 1} tokens, but the {split} split of {folder} has "
+                f"{len(self.tokens)}"
+            )
+
+    def take(self, rows: NDArray[np.int64]) -> Batch:
+        index = rows[:, None] * self.seq_len + np.arange(self.seq_len + 1)
+        window_BL = torch.from_numpy(self.tokens[index].astype(np.int64))
+        return Batch(window_BL[:, :-1], window_BL[:, 1:])
+
+
+class _Examples:
+    def __init__(self, folder: Path, split: arrow.Split) -> None:
+        batch = arrow.read(folder, split)
+        self.labels: NDArray[np.int64] = batch.column("label").to_numpy()
+        self.length = len(self.labels)
+        flat = batch.column("features").flatten().to_numpy()
+        self.features_XLI: NDArray[np.float32] = flat.reshape(
+            self.length, -1, arrow.describe(folder).n_features
+        )
+        self.seq_len = self.features_XLI.shape[1]
+
+    def take(self, rows: NDArray[np.int64]) -> Batch:
+        return Batch(torch.from_numpy(self.features_XLI[rows]), torch.from_numpy(self.labels[rows]))
+
+
+def _open(folder: Path, split: arrow.Split, seq_len: int | None) -> _TokenWindows | _Examples:
+    if seq_len is None:
+        return _Examples(folder, split)
+    return _TokenWindows(folder, split, seq_len)
+
+
+class TrainBatches:
+    """Random access to the training batches of one worker; every epoch has an order of its own."""
+
+    def __init__(
+        self, folder: Path, seq_len: int | None, batch_size: int, seed: int, rank: int, world_size: int
+    ) -> None:
+        assert batch_size % world_size == 0, "checked against the config before anything started"
+        self._data = _open(folder, "train", seq_len)
+        self._batch_size = batch_size
+        self._seed = seed
+        rows = batch_size // world_size
+        self._own = slice(rank * rows, (rank + 1) * rows)
+        self._orders: dict[int, NDArray[np.int64]] = {}
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Time steps in one global batch."""
+        return self._batch_size * self._data.seq_len
+
+    def at(self, step: int) -> Batch:
+        """This worker's rows of the batch of `step` (from 1)."""
+        first = (step - 1) * self._batch_size
+        positions = np.arange(first, first + self._batch_size)[self._own]
+        epochs, places = np.divmod(positions, self._data.length)
+        rows = np.array([self._order(int(e))[p] for e, p in zip(epochs, places, strict=True)])
+        return self._data.take(rows)
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        if epoch not in self._orders:
+            # A batch may straddle epochs; older orders are not needed any more.
+            self._orders = {e: order for e, order in self._orders.items() if e >= epoch - 1}
+            generator = np.random.Generator(np.random.Philox(key=[self._seed, epoch]))
+            self._orders[epoch] = generator.permutation(self._data.length)
+        return self._orders[epoch]
+
+
+def validation_batches(
+    folder: Path, seq_len: int | None, batch_size: int, n_batches: int, rank: int, world_size: int
+) -> Iterator[Batch]:
+    """This worker's rows of at most `n_batches` batches, spread evenly over the held-out split."""
+    data = _open(folder, "val", seq_len)
+    count = min(data.length, n_batches * batch_size)
+    rows = np.linspace(0, data.length, count, endpoint=False).astype(np.int64)
+    for first in range(0, count, batch_size):
+        own = rows[first : first + batch_size][rank::world_size]
+        if len(own):
+            yield data.take(own)

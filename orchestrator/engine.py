@@ -1,0 +1,185 @@
+"""A DeepSpeed engine that can change the shape of its model: build, step, evaluate, reshape, close."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from compression.gramians import Statistics
+from compression.truncation import TruncationPlan
+from models.heads import SequenceModel
+from models.registry import ClassificationTask, Task, build_model
+from orchestrator.config import RunConfig, TrainConfig
+from orchestrator.data.batches import Batch
+from orchestrator.group import Group
+from orchestrator.sharded_state import (
+    ShardedState,
+    States,
+    create_optimizer_state,
+    parameter_groups,
+    read_state,
+    write_state,
+)
+
+
+def learning_rate(step: int, train: TrainConfig) -> float:
+    """Linear warm-up, then cosine; a function of the step (from 1) alone, so it survives any rebuild."""
+    warmup = round(train.warmup * train.steps)
+    if step <= warmup:
+        return train.lr * step / warmup
+    progress = (step - warmup) / max(1, train.steps - warmup)
+    floor = train.min_lr_factor
+    return train.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class Engine:
+    """One model under ZeRO on this worker. All methods but `step` count on every worker calling them."""
+
+    def __init__(self, config: RunConfig, task: Task, state_dims: Sequence[int], group: Group) -> None:
+        self._config = config
+        self._task = task
+        self._group = group
+        self._build(state_dims)
+
+    def step(self, batch: Batch, step: int) -> Tensor:
+        """One optimizer step (from 1) on this worker's rows; returns their mean loss, detached."""
+        lr = learning_rate(step, self._config.train)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr * group["lr_factor"]
+        batch = batch.to(self._group.device)
+        loss = self._model.loss(self._engine(batch.inputs), batch.targets)
+        self._engine.backward(loss)
+        self._engine.step()
+        return loss.detach()
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Mean loss in nats over all workers' batches, and the accuracy of a classifier."""
+        totals = torch.zeros(3, dtype=torch.float64)
+        self._engine.eval()
+        for batch in batches:
+            batch = batch.to(self._group.device)
+            logits = self._engine(batch.inputs)
+            n = batch.targets.numel()
+            loss = float(self._model.loss(logits, batch.targets)) * n
+            correct = float((logits.argmax(-1) == batch.targets).sum())
+            totals += torch.tensor([loss, correct, n], dtype=torch.float64)
+        self._engine.train()
+        loss, correct, n = self._group.sum(totals).tolist()
+        metrics = {"val_loss": loss / n}
+        if isinstance(self._task, ClassificationTask):
+            metrics["val_accuracy"] = correct / n
+        return metrics
+
+    @torch.no_grad()
+    def statistics(self, batches: Iterable[Batch]) -> list[Statistics]:
+        """What every layer contributes at a probe, from this worker's rows and the present weights."""
+        for mixer in self._model.mixers():
+            mixer.start_statistics()
+        for batch in batches:
+            self._engine(batch.inputs.to(self._group.device))
+        return [mixer.finish_statistics() for mixer in self._model.mixers()]
+
+    def reshape(self, plan: TruncationPlan) -> None:
+        """Apply a plan to masters, moments and model; the engine is built again around the smaller model."""
+        state = self._read(plan)
+        self.close()
+        self._build(plan.dims_after)
+        self.load(state)
+
+    def state(self) -> ShardedState:
+        """Everything that training has changed, spread over the workers."""
+        return self._read(None)
+
+    def load(self, state: ShardedState) -> None:
+        write_state(self._model, self._engine.optimizer, state, self._group)
+
+    def checksum(self) -> str:
+        """SHA-256 of all parameters as this worker has them."""
+        digest = hashlib.sha256()
+        for name, parameter in self._model.named_parameters():
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(parameter.numel() for parameter in self._model.parameters())
+
+    @property
+    def state_dims(self) -> list[int]:
+        return self._model.state_dims
+
+    def close(self) -> None:
+        """Release the engine and all that it holds."""
+        self._engine.destroy()
+        del self._engine, self._model
+        # Engine, optimizer and parameters refer to each other in circles (DeepSpeed issue 7204).
+        gc.collect()
+
+    def _build(self, state_dims: Sequence[int]) -> None:
+        torch.manual_seed(self._config.seed)
+        self._model: SequenceModel = build_model(self._config.model, self._task, state_dims).to(self._group.device)
+        train = self._config.train
+        optimizer = torch.optim.AdamW(_optimizer_groups(self._model, train), lr=train.lr, betas=train.betas)
+        self._engine, *_ = deepspeed.initialize(
+            model=self._model,
+            optimizer=optimizer,
+            config=_deepspeed_config(self._config),
+            dist_init_required=False,
+        )
+        create_optimizer_state(self._engine.optimizer)
+
+    def _read(self, plan: TruncationPlan | None) -> ShardedState:
+        layers = {f"backbone.layers.{i}.mixer.": i for i in range(len(self.state_dims))}
+        mixers = self._model.mixers()
+
+        def shrink(prefix: str, states: States) -> States:
+            if plan is None or prefix not in layers or plan.layers[layers[prefix]].reduction is None:
+                return states
+            index = layers[prefix]
+            own = {name.removeprefix(prefix): state for name, state in states.items()}
+            shrunk = mixers[index].shrink(plan.layers[index], own)
+            return {prefix + name: state for name, state in shrunk.items()}
+
+        groups = parameter_groups(self._model, layers)
+        return read_state(self._model, self._engine.optimizer, groups, shrink, self._group)
+
+
+def _optimizer_groups(model: SequenceModel, train: TrainConfig) -> list[dict[str, Any]]:
+    """Matrices with weight decay; norms and biases without; the state space without and at its own rate."""
+    space = {
+        id(parameter)
+        for mixer in model.mixers()
+        for name, parameter in mixer.named_parameters()
+        if name in mixer.ssm_parameters
+    }
+    plain = [p for p in model.parameters() if id(p) not in space]
+    groups = [
+        {"params": [p for p in plain if p.ndim >= 2], "weight_decay": train.weight_decay, "lr_factor": 1.0},
+        {"params": [p for p in plain if p.ndim < 2], "weight_decay": 0.0, "lr_factor": 1.0},
+        {
+            "params": [p for p in model.parameters() if id(p) in space],
+            "weight_decay": 0.0,
+            "lr_factor": train.ssm_lr_factor,
+        },
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _deepspeed_config(config: RunConfig) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": config.train.batch_size // config.cluster.workers,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.train.grad_clip,
+        "zero_optimization": {"stage": config.cluster.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }

@@ -1,0 +1,60 @@
+"""What rank 0 tells the driver, through the coordinator."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from compression.truncation import TruncationPlan
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Metrics of one step (from 1)."""
+
+    step: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class CutRecord:
+    """One truncation as `summary.json` lists it. `seconds`: from the probe's start to the rebuilt engine."""
+
+    step: int
+    dims_before: list[int]
+    dims_after: list[int]
+    mass_kept: list[float]
+    seconds: float
+    digest: str
+    val_loss_before: float
+    val_loss_after: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Probed:
+    """A probe's plan; `cut` is None where nothing was truncated."""
+
+    plan: TruncationPlan
+    cut: CutRecord | None
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A complete checkpoint."""
+
+    step: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Started:
+    """The training loop begins after `step`, which is 0 unless the run was resumed."""
+
+    step: int
+    parameters: int
+
+
+Event = Measured | Probed | Saved | Started

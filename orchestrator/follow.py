@@ -1,0 +1,108 @@
+"""The driver's view of a run: rank 0's events become metrics, plan files, and lines on the terminal."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from orchestrator.config import RunConfig
+from orchestrator.events import CutRecord, Event, Measured, Probed, Saved, Started
+from orchestrator.terminal import Terminal, count, dims, duration
+from orchestrator.tracking import Tracker
+
+POLL_S = 0.5
+
+
+class Follower:
+    """Drains the coordinator while the main thread waits for the training to end."""
+
+    def __init__(
+        self, config: RunConfig, folder: Path, coordinator: Any, tracker: Tracker, terminal: Terminal
+    ) -> None:
+        self.cuts: list[CutRecord] = []
+        self.checkpoint: str | None = None
+        self.step = 0
+        self._config = config
+        self._folder = folder
+        self._coordinator = coordinator
+        self._tracker = tracker
+        self._terminal = terminal
+        self._dims: list[float] = [config.model.d_state] * config.model.n_layers
+        self._recent: deque[dict[str, float]] = deque(maxlen=10)
+        self._val_loss: float | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="follower", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Take what is left and end."""
+        self._stop.set()
+        self._thread.join()
+        self._terminal.finish()
+
+    def _follow(self) -> None:
+        while not self._stop.wait(POLL_S):
+            self._take()
+        self._take()
+
+    def _take(self) -> None:
+        events: list[Event] = ray.get(self._coordinator.drain.remote())
+        for event in events:
+            self._handle(event)
+        if self._recent:
+            self._terminal.progress(self._progress())
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case Started(step, parameters):
+                self.step = step
+                how = f"resumed after step {step}" if step else "started"
+                self._terminal.line(f"{how}: {count(parameters)} parameters, {self._config.train.steps} steps")
+            case Measured(step, metrics):
+                self._tracker.log(step, metrics)
+                if "train_loss" in metrics:
+                    self.step = step
+                    self._recent.append(metrics)
+                self._val_loss = metrics.get("val_loss", self._val_loss)
+                if "d_state_00" in metrics:
+                    self._dims = [value for key, value in sorted(metrics.items()) if key.startswith("d_state_")]
+            case Probed(plan, cut):
+                path = self._folder / "plans" / f"step-{plan.step:08d}-attempt-{plan.attempt}.json"
+                path.write_text(plan.to_json() + "\n")
+                self._tracker.artifact(path, "plans")
+                if cut is None:
+                    reasons = "; ".join(sorted({layer.reason for layer in plan.layers}))
+                    self._terminal.line(f"probe at step {plan.step}: nothing cut ({reasons})")
+                else:
+                    self.cuts.append(cut)
+                    self._terminal.line(describe_cut(cut))
+            case Saved(_, path):
+                self.checkpoint = path
+
+    def _progress(self) -> str:
+        """Speeds are medians of the last steps: one slow step should not make the ETA jump."""
+        train = self._config.train
+        step_ms = statistics.median(row["step_ms"] for row in self._recent)
+        loss = statistics.mean(row["train_loss"] for row in self._recent)
+        held_out = f"  held-out {self._val_loss:.3f}" if self._val_loss is not None else ""
+        speed = statistics.median(row["tokens_per_s"] for row in self._recent)
+        return (
+            f"step {self.step}/{train.steps}  loss {loss:.3f}{held_out}  {count(speed)} tokens/s  "
+            f"states {dims(self._dims)}  ETA {duration((train.steps - self.step) * step_ms / 1000)}"
+        )
+
+
+def describe_cut(cut: CutRecord) -> str:
+    """A truncation in one line."""
+    mass = sorted({f"{share:.1%}" for share in cut.mass_kept})
+    kept = mass[0] if len(mass) == 1 else f"{min(cut.mass_kept):.1%} to {max(cut.mass_kept):.1%}"
+    return (
+        f"cut at step {cut.step}: states {dims(cut.dims_before)} -> {dims(cut.dims_after)}, "
+        f"{kept} of the Hankel mass kept, held-out loss {cut.val_loss_before:.3f} -> {cut.val_loss_after:.3f}, "
+        f"{cut.seconds:.1f} s"
+    )

@@ -1,0 +1,65 @@
+"""A worker's view of the others: small collectives over the process group that Ray Train has set up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class DisagreementError(RuntimeError):
+    """Workers hold different plans, parameters or data where they must be equal: training cannot go on."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """This worker's rank, the number of workers, and the device that their messages travel from."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def mean(self, values: Sequence[Tensor]) -> list[float]:
+        """Each scalar averaged over the workers."""
+        return (self.sum(torch.stack(list(values)).double()) / self.size).tolist()
+
+    def sum(self, vector: Tensor) -> Tensor:
+        vector = vector.to(self.device, copy=True)
+        dist.all_reduce(vector)
+        return vector
+
+    def sum_at(self, owner: int, vector: Tensor) -> Tensor:
+        """The sum over the workers on `owner`; undefined elsewhere."""
+        vector = vector.to(self.device, copy=True)
+        dist.reduce(vector, dst=owner)
+        return vector
+
+    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        tensor = tensor.to(self.device)
+        dist.broadcast(tensor, src=source)
+        return tensor
+
+    def gather_digests(self, digest: str) -> list[str]:
+        """Every worker's SHA-256 digest, by rank, as hexadecimal."""
+        own = torch.frombuffer(bytearray.fromhex(digest), dtype=torch.uint8).to(self.device)
+        everyone = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(everyone, own)
+        return [bytes(other.cpu().tolist()).hex() for other in everyone]
+
+    def prove_equal(self, what: str, digest: str) -> None:
+        """Check that all workers hold the same `what`.
+
+        Raises:
+            DisagreementError: on every worker, with the digest of each rank.
+        """
+        digests = self.gather_digests(digest)
+        if len(set(digests)) > 1:
+            listing = ", ".join(f"rank {rank}: {value[:12]}" for rank, value in enumerate(digests))
+            raise DisagreementError(f"workers disagree on {what}: {listing}")
+
+    def barrier(self) -> None:
+        # An all-reduce instead of dist.barrier, which guesses a CUDA device under NCCL.
+        dist.all_reduce(torch.zeros(1, device=self.device))

@@ -1,0 +1,97 @@
+"""The folder of a run, read back from what the run has written so far.
+
+`metrics.jsonl`, `plans/*.json`, `summary.json` and `config.yaml` say everything, so a run can be looked at while
+it trains, after it ended, and after it was killed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import UserError
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The folder of a run, read."""
+
+    rows: list[Json]  # of metrics.jsonl: one per step, ascending
+    plans: list[Json]  # one per probe, ascending
+    cuts: list[Json]  # as under `truncations` in summary.json
+    summary: Json  # empty while the run is unfinished
+    config: str
+
+
+def read_run(folder: Path) -> Recorded:
+    """Everything in a run's folder.
+
+    Raises:
+        UserError: it is not the folder of a run, or a file in it is broken.
+    """
+    rows = read_metrics(folder)
+    order = ("step", "attempt", "event")
+    written = [_load(path, *order, "digest", "layers") for path in folder.glob("plans/*.json")]
+    written.sort(key=lambda plan: [plan[key] for key in order])
+    # A restarted attempt plans the same step again: the latest attempt is what was carried out.
+    plans = list({plan["step"]: plan for plan in written}.values())
+    if (folder / "summary.json").is_file():
+        summary = _load(folder / "summary.json", "truncations")
+        cuts = summary["truncations"]
+    else:
+        summary, measured = {}, {row["step"]: row for row in rows}
+        cuts = [_cut(plan, measured.get(plan["step"], {})) for plan in plans]
+        cuts = [cut for cut in cuts if cut["dims_before"] != cut["dims_after"]]
+    config = folder / "config.yaml"
+    text = config.read_text(encoding="utf-8") if config.is_file() else ""
+    return Recorded(rows, plans, cuts, summary, text)
+
+
+def read_metrics(folder: Path) -> list[Json]:
+    """One row per step of `metrics.jsonl`, ascending, each with `step` and what was measured there.
+
+    Raises:
+        UserError: the file is missing, holds no row, or a line of it is broken.
+    """
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{folder} has no metrics.jsonl: expected the folder of a training run")
+    rows: dict[int, Json] = {}
+    previous = None
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            step = row["step"] = int(row["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines) and not line.endswith(b"\n"):
+                break  # the run was killed, or is at this moment, in the middle of this line
+            raise UserError(f"{path}, line {number}: expected a JSON object with a `step`") from error
+        # Neighbouring rows of one step complete each other; a step that comes back later was trained again.
+        rows[step] = {**rows[step], **row} if step == previous else row
+        previous = step
+    if not rows:
+        raise UserError(f"{path} holds no complete row: expected one JSON object a line")
+    return [rows[step] for step in sorted(rows)]
+
+
+def _load(path: Path, *keys: str) -> Json:
+    try:
+        content: Json = json.loads(path.read_bytes())
+        if absent := [key for key in keys if key not in content]:
+            raise ValueError(f"without {', '.join(absent)}")
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is broken ({error}): expected a JSON object with {', '.join(keys)}") from error
+    return content
+
+
+def _cut(plan: Json, row: Json) -> Json:
+    """The entry that summary.json would hold; how long the cut took is known there alone."""
+    columns = {"dims_before": "dim_before", "dims_after": "dim_after", "mass_kept": "mass_kept"}
+    per_layer = {name: [layer[key] for layer in plan["layers"]] for name, key in columns.items()}
+    losses = {key: row.get(key) for key in ("val_loss_before", "val_loss_after")}
+    return {"step": plan["step"], "digest": plan["digest"], **per_layer, **losses}

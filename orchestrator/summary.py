@@ -1,0 +1,78 @@
+"""What a run came to: `summary.json`, and the same in a few lines."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config import RunConfig
+from orchestrator.run_folder import read_metrics
+from orchestrator.terminal import count, dims
+
+
+def write_summary(
+    config: RunConfig,
+    folder: Path,
+    truncations: Sequence[dict[str, Any]],
+    mlflow_run_id: str | None,
+    checkpoint: str | None,
+) -> dict[str, Any]:
+    """Write `summary.json` from the run's metrics and cuts.
+
+    Step times are medians in milliseconds: before the first cut, without the first step, which warms up, and
+    after the last cut. Without a cut there is nothing "after", and those values are None.
+    """
+    rows = read_metrics(folder)
+    first = truncations[0]["step"] if truncations else config.train.steps
+    last = truncations[-1]["step"] if truncations else config.train.steps
+
+    def median(key: str, low: int, high: float) -> float | None:
+        values = [row[key] for row in rows if key in row and low < row["step"] <= high]
+        return statistics.median(values) if values else None
+
+    initial = [config.model.d_state] * config.model.n_layers
+    held_out = [row for row in rows if "val_loss" in row]
+    summary = {
+        "name": config.name,
+        "model": config.model.kind,
+        "workers": config.cluster.workers,
+        "zero_stage": config.cluster.zero_stage,
+        "steps": config.train.steps,
+        "initial_dims": initial,
+        "final_dims": truncations[-1]["dims_after"] if truncations else initial,
+        "truncations": list(truncations),
+        "val_loss_final": held_out[-1]["val_loss"],
+        "val_accuracy_final": held_out[-1].get("val_accuracy"),
+        "step_ms_before": median("step_ms", 1, first),
+        "step_ms_after": median("step_ms", last, float("inf")),
+        "tokens_per_s_before": median("tokens_per_s", 1, first),
+        "tokens_per_s_after": median("tokens_per_s", last, float("inf")),
+        "mlflow_run_id": mlflow_run_id,
+        "checkpoint": checkpoint,
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def describe_summary(summary: dict[str, Any]) -> list[str]:
+    """The summary as a person reads it."""
+    quality = f"held-out loss {summary['val_loss_final']:.4f}"
+    if summary["val_accuracy_final"] is not None:
+        quality += f", accuracy {summary['val_accuracy_final']:.1%}"
+    lines = [
+        f"  {quality} after {summary['steps']} steps",
+        f"  states      {dims(summary['initial_dims'])} -> {dims(summary['final_dims'])}",
+    ]
+    before, after = summary["step_ms_before"], summary["step_ms_after"]
+    if before and after:
+        lines += [
+            f"  step time   {before:.0f} ms -> {after:.0f} ms ({before / after:.2f}x)",
+            f"  speed       {count(summary['tokens_per_s_before'])} -> "
+            f"{count(summary['tokens_per_s_after'])} tokens/s",
+        ]
+    elif before:
+        lines.append(f"  step time   {before:.0f} ms ({count(summary['tokens_per_s_before'])} tokens/s)")
+    return lines
