@@ -19,14 +19,8 @@ from models.registry import ClassificationTask, Task, build_model
 from orchestrator.config import RunConfig, TrainConfig
 from orchestrator.data.batches import Batch
 from orchestrator.group import Group
-from orchestrator.sharded_state import (
-    ShardedState,
-    States,
-    create_optimizer_state,
-    parameter_groups,
-    read_state,
-    write_state,
-)
+from orchestrator.sharded_state import ShardedState, States, parameter_groups
+from orchestrator.zero import create_optimizer_state, read_state, write_state
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:

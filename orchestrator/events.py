@@ -1,11 +1,23 @@
-"""What rank 0 tells the driver, through the coordinator."""
+"""What driver and workers tell each other: the job on the way out, events of rank 0 on the way back."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from compression.truncation import TruncationPlan
+from orchestrator.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the driver hands to every worker."""
+
+    config: RunConfig
+    folder: Path
+    resume_from: Path | None
+    coordinator: Any
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from orchestrator.data.batches import TrainBatches, validation_batches
 from orchestrator.data.sources import prepare
 from orchestrator.errors import TrainingError, UserError
 from orchestrator.follow import Follower
-from orchestrator.loop import Job, train_worker
+from orchestrator.events import Job
 from orchestrator.report import write_report
 from orchestrator.summary import describe_summary, write_summary
 from orchestrator.terminal import Terminal, chatter_to, duration
@@ -113,10 +113,17 @@ def _fit(
     return summary
 
 
+def _worker(job: Job) -> None:
+    # Imported where it runs: the driver needs no DeepSpeed, whose import takes seconds and prints.
+    from orchestrator.loop import train_worker
+
+    train_worker(job)
+
+
 def _trainer(config: RunConfig, job: Job) -> TorchTrainer:
     cluster = config.cluster
     return TorchTrainer(
-        train_worker,
+        _worker,
         train_loop_config=job,
         scaling_config=ScalingConfig(
             num_workers=cluster.workers,
@@ -141,10 +148,11 @@ def _ray(config: RunConfig) -> Iterator[None]:
         UserError: the cluster cannot hold the workers.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a run needs no network
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # the log should hold whole tracebacks
     ours = not ray.is_initialized()
     if ours:
         try:
-            ray.init(include_dashboard=False if "RAY_ADDRESS" not in os.environ else None, logging_level=logging.WARNING)
+            ray.init(include_dashboard=False, logging_level=logging.WARNING)
         except ConnectionError as error:
             raise UserError(f"RAY_ADDRESS {os.environ['RAY_ADDRESS']} cannot be reached") from error
     try:

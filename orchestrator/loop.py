@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray
 import ray.train
@@ -20,18 +18,8 @@ from orchestrator.data import arrow
 from orchestrator.data.batches import TrainBatches, validation_batches
 from orchestrator.data.sources import prepare
 from orchestrator.engine import Engine, learning_rate
-from orchestrator.events import CutRecord, Event, Measured, Probed, Saved, Started
+from orchestrator.events import CutRecord, Event, Job, Measured, Probed, Saved, Started
 from orchestrator.group import Group
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the driver hands to every worker."""
-
-    config: RunConfig
-    folder: Path
-    resume_from: Path | None
-    coordinator: Any
 
 
 def train_worker(job: Job) -> None:

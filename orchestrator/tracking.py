@@ -33,6 +33,7 @@ class JsonlTracker:
 
     def __init__(self, path: Path) -> None:
         self._started = time.time()
+        _drop_half_line(path)
         self._file = path.open("a", buffering=1)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -44,6 +45,13 @@ class JsonlTracker:
 
     def close(self, status: str) -> None:
         self._file.close()
+
+
+def _drop_half_line(path: Path) -> None:
+    """A run that was killed while it wrote leaves a line without an end; what follows must not join it."""
+    if path.exists():
+        text = path.read_bytes()
+        os.truncate(path, text.rfind(b"\n") + 1)
 
 
 class CompositeTracker:
