@@ -58,7 +58,7 @@ class SelectiveMoments:
     def from_vector(self, vector: Tensor) -> SelectiveMoments:
         """The inverse of `to_vector`, with the shapes of this object."""
         parts = (self.tokens, self.h2_DN, self.a2_DN, self.c2_N)
-        pieces = vector.split([part.numel() for part in parts])
+        pieces = torch.split(vector, [part.numel() for part in parts])
         return SelectiveMoments(*(piece.reshape(part.shape) for piece, part in zip(pieces, parts, strict=True)))
 
 

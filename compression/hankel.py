@@ -50,11 +50,13 @@ def balancing_factors(system: LTISystem) -> BalancingFactors:
 
 def _factor(gramian_NN: Tensor) -> Tensor:
     """L with L L^H = gramian: Cholesky, or eigen-factors where the Gramian is singular to rounding."""
+    L_NN: Tensor
     L_NN, failed = torch.linalg.cholesky_ex(gramian_NN)
     if int(failed) == 0:
         return L_NN
     values_N, vectors_NN = torch.linalg.eigh(gramian_NN)
-    return vectors_NN * values_N.clamp_min(0).sqrt()
+    factor_NN: Tensor = vectors_NN * values_N.clamp_min(0).sqrt()
+    return factor_NN
 
 
 def selective_hankel(moments: SelectiveMoments) -> Tensor:

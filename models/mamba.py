@@ -87,9 +87,7 @@ class Mamba(TruncatableLayer):
         """Keep the chosen states in all channels: columns of A_log, and their rows of x_proj for B and for C."""
         assert isinstance(plan.reduction, StateSelection), "a Mamba layer is cut by choosing states"
         kept = torch.tensor(plan.reduction.kept)
-        rows = torch.cat(
-            [torch.arange(self.dt_rank), self.dt_rank + kept, self.dt_rank + plan.dim_before + kept]
-        )
+        rows = torch.cat([torch.arange(self.dt_rank), self.dt_rank + kept, self.dt_rank + plan.dim_before + kept])
         return dict(states) | {
             "A_log": states["A_log"].select(lambda part: part[:, kept]),
             "x_proj.weight": states["x_proj.weight"].select(lambda part: part[rows]),

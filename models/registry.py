@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field
+
 from models.heads import Classifier, LanguageModel, SequenceModel
 from models.layer import TruncatableLayer
 from models.lru import LRU, LRUConfig

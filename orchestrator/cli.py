@@ -121,7 +121,11 @@ def data_list() -> None:
 @click.argument("name")
 @click.argument("settings", metavar="[KEY=VALUE]...", nargs=-1)
 @click.option(
-    "--data-root", type=click.Path(path_type=Path), default=Path("data"), show_default=True, help="Folder of datasets."
+    "--data-root",
+    type=click.Path(path_type=Path),
+    default=Path("data"),
+    show_default=True,
+    help="Folder of datasets.",
 )
 @_told_plainly
 def data_prepare(name: str, settings: tuple[str, ...], data_root: Path) -> None:

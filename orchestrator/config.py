@@ -13,14 +13,21 @@ from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from compression.ranking import Target
 from compression.schedule import Steps, Window
 from models.registry import ModelConfig
 from orchestrator.data.sources import SOURCES, DataConfig, Digits, StdlibText, TextFiles
 from orchestrator.errors import UserError
-
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -117,8 +124,7 @@ class RunConfig(_Part):
     def _fits_together(self) -> RunConfig:
         if self.train.batch_size % self.cluster.workers:
             raise ValueError(
-                f"train.batch_size {self.train.batch_size} must be a multiple of cluster.workers "
-                f"{self.cluster.workers}"
+                f"train.batch_size {self.train.batch_size} must be a multiple of cluster.workers {self.cluster.workers}"
             )
         if self.truncation is not None:
             dim = self.truncation.target.dim
@@ -154,7 +160,16 @@ class RunConfig(_Part):
 
 
 # A resumed run may differ from its checkpoint in these; anything else would make it another run.
-RESUMABLE = ("name", "storage", "data_root", "cluster", "tracking", "train.eval_every", "train.log_every", "train.checkpoint_every")
+RESUMABLE = (
+    "name",
+    "storage",
+    "data_root",
+    "cluster",
+    "tracking",
+    "train.eval_every",
+    "train.log_every",
+    "train.checkpoint_every",
+)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -281,7 +296,9 @@ _UNION_TAGS = {"mamba", "lru", *SOURCES}
 def _valid_keys(location: Sequence[Any]) -> list[str]:
     models: list[type[BaseModel]] = [RunConfig]
     for part in location:
-        models = [m for model in models if part in model.model_fields for m in _models_in(model.model_fields[part].annotation)]
+        models = [
+            m for model in models if part in model.model_fields for m in _models_in(model.model_fields[part].annotation)
+        ]
     return sorted({name for model in models for name in model.model_fields})
 
 

@@ -21,9 +21,7 @@ POLL_S = 0.5
 class Follower:
     """Drains the coordinator while the main thread waits for the training to end."""
 
-    def __init__(
-        self, config: RunConfig, folder: Path, coordinator: Any, tracker: Tracker, terminal: Terminal
-    ) -> None:
+    def __init__(self, config: RunConfig, folder: Path, coordinator: Any, tracker: Tracker, terminal: Terminal) -> None:
         self.cuts: list[CutRecord] = []
         self.checkpoint: str | None = None
         self.step = 0

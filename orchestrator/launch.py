@@ -23,13 +23,12 @@ from orchestrator.coordinator import Coordinator
 from orchestrator.data.batches import TrainBatches, validation_batches
 from orchestrator.data.sources import prepare
 from orchestrator.errors import TrainingError, UserError
-from orchestrator.follow import Follower
 from orchestrator.events import Job
+from orchestrator.follow import Follower
 from orchestrator.report import write_report
 from orchestrator.summary import describe_summary, write_summary
 from orchestrator.terminal import Terminal, chatter_to, duration
 from orchestrator.tracking import CompositeTracker, JsonlTracker, MlflowTracker, Tracker
-
 
 MLFLOW_RUN = "mlflow.json"
 
@@ -75,12 +74,16 @@ def _fit(
     manifest: checkpoint.Manifest | None,
     terminal: Terminal,
 ) -> dict[str, Any]:
-    coordinator = ray.remote(Coordinator).options(num_cpus=0).remote(
-        config.truncation.target if config.truncation else None,
-        config.model.d_state,
-        config.model.n_layers,
-        config.probe_steps,
-        config.cluster.timeout_s,
+    coordinator = (
+        ray.remote(Coordinator)
+        .options(num_cpus=0)
+        .remote(
+            config.truncation.target if config.truncation else None,
+            config.model.d_state,
+            config.model.n_layers,
+            config.probe_steps,
+            config.cluster.timeout_s,
+        )
     )
     mlflow = _mlflow(config, folder, terminal)
     tracker: Tracker = CompositeTracker([JsonlTracker(folder / "metrics.jsonl"), *([mlflow] if mlflow else [])])

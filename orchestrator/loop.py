@@ -12,7 +12,6 @@ import torch
 
 from models.registry import Task
 from orchestrator import checkpoint
-from orchestrator.config import RunConfig
 from orchestrator.coordinator import coordinate
 from orchestrator.data import arrow
 from orchestrator.data.batches import TrainBatches, validation_batches
@@ -125,11 +124,18 @@ class Worker:
         self.group.prove_equal(f"the parameters after the cut at step {self.step}", self.engine.checksum())
         seconds += time.perf_counter() - started
         after = self._evaluate()["val_loss"]
-        self._measure({"val_loss_before": before, "val_loss_after": after})
+        self._measure({"val_loss": after, "val_loss_before": before, "val_loss_after": after})
 
         mass_kept = [layer.mass_kept for layer in plan.layers]
         record = CutRecord(
-            self.step, list(plan.dims_before), list(plan.dims_after), mass_kept, seconds, plan.digest, before, after
+            self.step,
+            list(plan.dims_before),
+            list(plan.dims_after),
+            mass_kept,
+            seconds,
+            plan.digest,
+            before,
+            after,
         )
         self.truncations.append(record)
         self._publish([Probed(plan, record)])

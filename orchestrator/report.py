@@ -23,7 +23,7 @@ from orchestrator.run_folder import Json, Recorded, read_run
 
 # Okabe and Ito's palette without its yellow, which vanishes on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
-BLUE, VERMILLION, SKY, GREY = PALETTE[0], PALETTE[1], PALETTE[5], "#6b6b6b"
+BLUE, VERMILION, SKY, GREY = PALETTE[0], PALETTE[1], PALETTE[5], "#6b6b6b"
 SMOOTH_FROM = 200  # training-loss points above which a running mean is drawn over them
 CAPTIONS = {
     "loss": "Training and held-out loss. Dashed lines: truncations, with the state dimension before → after.",
@@ -103,7 +103,7 @@ def _loss(run: Recorded) -> Figure:
         axes.plot(steps, mean, color=BLUE, linewidth=1.2, label=f"training, mean of {len(window):,} points")
     steps, losses = _series(run.rows, "val_loss")
     marker = "o" if len(steps) <= 60 else ""
-    axes.plot(steps, losses, color=VERMILLION, marker=marker, markersize=4, label="held-out")
+    axes.plot(steps, losses, color=VERMILION, marker=marker, markersize=4, label="held-out")
     axes.legend(frameon=False, loc="upper right")
     _mark_cuts(axes, run.cuts)
     return figure

@@ -70,8 +70,7 @@ def describe_summary(summary: dict[str, Any]) -> list[str]:
     if before and after:
         lines += [
             f"  step time   {before:.0f} ms -> {after:.0f} ms ({before / after:.2f}x)",
-            f"  speed       {count(summary['tokens_per_s_before'])} -> "
-            f"{count(summary['tokens_per_s_after'])} tokens/s",
+            f"  speed       {count(summary['tokens_per_s_before'])} -> {count(summary['tokens_per_s_after'])} tokens/s",
         ]
     elif before:
         lines.append(f"  step time   {before:.0f} ms ({count(summary['tokens_per_s_before'])} tokens/s)")

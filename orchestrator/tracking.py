@@ -110,11 +110,11 @@ class MlflowTracker:
             self._metrics.extend((key, value, now, step) for key, value in metrics.items())
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        self._jobs.put(lambda: self._client.log_artifact(self.run_id, str(path), folder or None))
+        self._jobs.put(lambda: self._client.log_artifact(self._connected_run(), str(path), folder or None))
 
     def close(self, status: str) -> None:
         self._jobs.put(self._send_metrics)
-        self._jobs.put(lambda: self._client.set_terminated(self.run_id, status=status))
+        self._jobs.put(lambda: self._client.set_terminated(self._connected_run(), status=status))
         self._jobs.put(None)
         self._thread.join(CLOSE_TIMEOUT_S)
         if self._thread.is_alive():
@@ -160,6 +160,10 @@ class MlflowTracker:
         for first in range(0, len(pairs), 100):  # MLflow's limit a call
             self._client.log_batch(self.run_id, params=pairs[first : first + 100])
 
+    def _connected_run(self) -> str:
+        assert self.run_id is not None, "connecting is the first job"
+        return self.run_id
+
     def _send_metrics(self) -> None:
         from mlflow.entities import Metric
 
@@ -167,4 +171,4 @@ class MlflowTracker:
             metrics, self._metrics = self._metrics, []
         for first in range(0, len(metrics), 1000):  # MLflow's limit a call
             batch = [Metric(*metric) for metric in metrics[first : first + 1000]]
-            self._client.log_batch(self.run_id, metrics=batch)
+            self._client.log_batch(self._connected_run(), metrics=batch)

@@ -86,8 +86,6 @@ def write_state(model: nn.Module, optimizer: DeepSpeedZeroOptimizer, state: Shar
         safe_set_full_optimizer_state(parameter, exp_avg_sq, "exp_avg_sq")
 
 
-
-
 def _read(parameter: Tensor) -> ParameterState:
     # Every rank must take part in each of these calls, also for parameters it does not keep.
     return ParameterState(

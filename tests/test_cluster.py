@@ -70,9 +70,7 @@ def test_rays_security_group_lets_in_only_ssh(cluster: dict[str, Any]) -> None:
     """boto3 is no dependency of ours, so the rules are cut out of Ray's source instead of imported."""
     source = Path(ray.__file__).parent / "autoscaler/_private/aws/config.py"
     functions = [node for node in ast.parse(source.read_text()).body if isinstance(node, ast.FunctionDef)]
-    rules: list[ast.stmt] = [
-        node for node in functions if re.fullmatch(r"_create_default_\w*inbound_rules", node.name)
-    ]
+    rules: list[ast.stmt] = [node for node in functions if re.fullmatch(r"_create_default_\w*inbound_rules", node.name)]
     scope: dict[str, Any] = {"itertools": itertools}
     exec(compile(ast.Module(rules, []), source, "exec"), scope)
     opened = scope["_create_default_inbound_rules"]({"own"})
@@ -116,9 +114,7 @@ def test_commands_are_valid_shell(commands: list[str]) -> None:
 
 
 @pytest.mark.parametrize("given", [{"RAY_HEAD_IP": "10.0.0.7"}, {}], ids=["worker", "head"])
-def test_nodes_are_told_where_mlflow_can_be_reached(
-    commands: list[str], tmp_path: Path, given: dict[str, str]
-) -> None:
+def test_nodes_are_told_where_mlflow_can_be_reached(commands: list[str], tmp_path: Path, given: dict[str, str]) -> None:
     """Runs the setup command that writes the address, and reads it back as a login shell would."""
     python = str(Path(sys.executable).parent)
     environment = {"HOME": str(tmp_path), "PATH": f"{python}:{os.environ['PATH']}"} | given
@@ -128,9 +124,7 @@ def test_nodes_are_told_where_mlflow_can_be_reached(
     head = given.get("RAY_HEAD_IP", ray.util.get_node_ip_address())
     server = shlex.split(only(commands, "mlflow server"))
     port = server[server.index("--port") + 1]
-    assert {f"RAY_HEAD_IP={head}", f"MLFLOW_TRACKING_URI=http://{head}:{port}"} <= set(
-        told.stdout.splitlines()
-    )
+    assert {f"RAY_HEAD_IP={head}", f"MLFLOW_TRACKING_URI=http://{head}:{port}"} <= set(told.stdout.splitlines())
     door = only(commands, "TCP-LISTEN")
     assert re.findall(r"TCP-LISTEN:(\d+),|TCP:127\.0\.0\.1:(\d+)", door) == [(port, ""), ("", port)]
 

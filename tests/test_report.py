@@ -24,9 +24,7 @@ CUTS = {10: ([64, 64], [45, 30]), 20: ([45, 30], [45, 30]), 30: ([45, 30], [12, 
 def write_run(folder: Path) -> Path:
     """The folder of a finished run with two layers, three probes and two cuts."""
     (folder / "plans").mkdir(parents=True)
-    (folder / "config.yaml").write_text(
-        "tracking: {uri: 'http://tracker.invalid'}\nname: <script>demo</script>\n"
-    )
+    (folder / "config.yaml").write_text("tracking: {uri: 'http://tracker.invalid'}\nname: <script>demo</script>\n")
     truncations = []
     for event, (step, (before, after)) in enumerate(CUTS.items()):
         digest = hashlib.sha256(str(step).encode()).hexdigest()

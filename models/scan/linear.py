@@ -21,7 +21,7 @@ def linear_scan(eigenvalues_N: Tensor, u_BLN: Tensor) -> Tensor:
     toeplitz_NKK = powers_KN.T[:, lag_KK.clamp_min(0)] * (lag_KK >= 0)
     h_BN = torch.zeros_like(u_BLN[:, 0])
     chunks = []
-    for u_BKN in u_BLN.split(K, dim=1):
+    for u_BKN in torch.split(u_BLN, K, dim=1):
         k = u_BKN.shape[1]
         own_NKB = toeplitz_NKK[:, :k, :k] @ u_BKN.permute(2, 1, 0)
         h_BKN = own_NKB.permute(2, 1, 0) + powers_KN[1 : k + 1] * h_BN.unsqueeze(1)

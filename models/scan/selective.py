@@ -30,13 +30,11 @@ def selective_scan(
     All tensors share one floating dtype, which y_BLD has too. With `moments`, the scan adds the sums of this
     batch to it; the gradients are not affected.
     """
-    y_BLD: Tensor = _SelectiveScan.apply(x_BLD, dt_BLD, A_DN, B_BLN, C_BLN, moments)
+    y_BLD: Tensor = _SelectiveScan.apply(x_BLD, dt_BLD, A_DN, B_BLN, C_BLN, moments)  # type: ignore[no-untyped-call]
     return y_BLD
 
 
-def _chunk_states(
-    x_KBD: Tensor, dt_KBD: Tensor, A_DN: Tensor, B_KBN: Tensor, h_BDN: Tensor
-) -> tuple[Tensor, Tensor]:
+def _chunk_states(x_KBD: Tensor, dt_KBD: Tensor, A_DN: Tensor, B_KBN: Tensor, h_BDN: Tensor) -> tuple[Tensor, Tensor]:
     """Decays and states of one chunk, both (K, B, D, N), from the state before it."""
     decay_KBDN = (dt_KBD.unsqueeze(-1) * A_DN).exp_()
     h_KBDN = (dt_KBD * x_KBD).unsqueeze(-1) * B_KBN.unsqueeze(2)

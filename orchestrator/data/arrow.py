@@ -23,7 +23,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from models.registry import ClassificationTask, LanguageTask, Task
 from orchestrator.errors import UserError
 
-DATASET_FORMAT = 1
 DESCRIPTION = "dataset.json"
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, Split] = ("train", "val")
@@ -34,7 +33,7 @@ class Description(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal[1] = DATASET_FORMAT
+    format: Literal[1] = 1
     kind: Literal["tokens", "examples"]
     origin: str
     vocab_size: int = 0

@@ -57,9 +57,7 @@ class _Examples:
         self.labels: NDArray[np.int64] = batch.column("label").to_numpy()
         self.length = len(self.labels)
         flat = batch.column("features").flatten().to_numpy()
-        self.features_XLI: NDArray[np.float32] = flat.reshape(
-            self.length, -1, arrow.describe(folder).n_features
-        )
+        self.features_XLI: NDArray[np.float32] = flat.reshape(self.length, -1, arrow.describe(folder).n_features)
         self.seq_len = self.features_XLI.shape[1]
 
     def take(self, rows: NDArray[np.int64]) -> Batch:

@@ -37,9 +37,7 @@ class StdlibText(_Source):
     def prepare(self, folder: Path) -> None:
         root = Path(sysconfig.get_path("stdlib"))
         left_out = {"test", "tests", "idlelib", "lib2to3", "site-packages", "ensurepip", "__pycache__"}
-        files = [
-            path for path in sorted(root.rglob("*.py")) if not left_out.intersection(path.relative_to(root).parts)
-        ]
+        files = [path for path in sorted(root.rglob("*.py")) if not left_out.intersection(path.relative_to(root).parts)]
         _write_text(folder, files, root, f"standard library of Python {platform.python_version()}")
 
 

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# As the command does: torch and DeepSpeed look for ninja, which pip put beside the interpreter.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import ray  # noqa: E402 -- after the environment that it reads
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real text: this project's own sources, in one file of several blocks."""
+    sources = sorted(Path(__file__).resolve().parents[1].glob("*/*.py"))
+    path = tmp_path_factory.mktemp("corpus") / "sources.txt"
+    path.write_bytes(b"".join(source.read_bytes() for source in sources) * 2)
+    return path
+
+
+@pytest.fixture
+def small_run(tmp_path: Path, corpus: Path) -> dict[str, Any]:
+    """A config of seconds: two Mamba layers on real text, cut from 16 states to 4 at steps 3 and 7."""
+    return {
+        "name": "small",
+        "storage": str(tmp_path / "runs"),
+        "data_root": str(tmp_path / "data"),
+        "data": {"source": "text", "path": str(corpus), "seq_len": 48},
+        "model": {"kind": "mamba", "n_layers": 2, "d_model": 16, "d_state": 16},
+        "train": {
+            "steps": 12,
+            "batch_size": 4,
+            "lr": 0.01,
+            "eval_every": 6,
+            "eval_batches": 2,
+            "log_every": 2,
+            "checkpoint_every": 5,
+        },
+        "truncation": {"target": {"dim": 4}, "steps": [3, 7]},
+        "cluster": {"workers": 2, "zero_stage": 2, "timeout_s": 60},
+        "tracking": {"mlflow": False},
+    }
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """One Ray for the tests that start several trainings in this process."""
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()

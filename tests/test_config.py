@@ -1,0 +1,109 @@
+"""What a user can get wrong in a config ends in one sentence that names the setting, before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from orchestrator.config import RunConfig, load_config, parse_config, refuse_other_run
+from orchestrator.errors import UserError
+
+CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("**/*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_are_valid_and_survive_their_own_yaml(path: Path) -> None:
+    config = load_config(path)
+    assert parse_config(yaml.safe_load(config.to_yaml())) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.stps=3", ["unknown key train.stps", "did you mean steps?"]),
+        ("modle.kind=lru", ["unknown key modle", "did you mean model?"]),
+        ("model.dstate=3", ["unknown key model.dstate", "did you mean d_state?"]),
+        ("zzz=1", ["unknown key zzz", "valid keys here", "truncation"]),
+        ("train.lr=fast", ["train.lr", "'fast'", "number"]),
+        ("train.steps=0", ["train.steps", "0", "greater than or equal to 1"]),
+        ("model.kind=transformer", ["model.kind", "'transformer'", "'lru', 'mamba'"]),
+        ("data.source=wikipedia", ["data.source", "'wikipedia'", "'stdlib', 'text', 'digits'"]),
+        ("data={}", ["data.source is required"]),
+        ("truncation.target.tolerance=1.5", ["truncation.target.tolerance", "1.5", "less than 1"]),
+        ("truncation.target.tolerance=0", ["truncation.target.tolerance", "0", "greater than 0"]),
+        ("truncation.target.dim=0", ["truncation.target.dim", "0", "greater than or equal to 1"]),
+        ("truncation.target.dim=17", ["truncation.target.dim 17", "between 1 and model.d_state 16"]),
+        ("truncation.target={}", ["truncation.target", "tolerance, dim, or both"]),
+        ("truncation.steps=[3, 13]", ["truncation.steps", "step 13", "train.steps 12"]),
+        ("truncation.steps=[7, 3]", ["truncation", "[7, 3] must increase"]),
+        ("truncation.window={events: 2}", ["window or steps, not both"]),
+        ("cluster.workers=3", ["train.batch_size 4", "multiple of cluster.workers 3"]),
+        ("cluster.zero_stage=7", ["cluster.zero_stage", "7", "1 or 2"]),
+        ("name=../elsewhere", ["name", "'../elsewhere'"]),
+        ("train.steps.x=1", ["train.steps.x=1", "steps is a value"]),
+        ("steps", ["'steps'", "key.sub=value"]),
+        ("train.lr=[", ["train.lr=[", "not a YAML value"]),
+    ],
+)
+def test_one_sentence_names_the_setting(
+    small_run: dict[str, Any], tmp_path: Path, override: str, words: list[str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(small_run))
+    with pytest.raises(UserError) as refused:
+        load_config(path, [override])
+    sentence = str(refused.value)
+    assert "\n" not in sentence
+    assert all(word in sentence for word in words), sentence
+
+
+def test_a_window_too_small_for_its_events_is_refused(small_run: dict[str, Any]) -> None:
+    small_run["truncation"] = {"target": {"dim": 4}, "window": {"events": 4, "end": 0.2}}
+    with pytest.raises(UserError, match=r"truncation\.window\.events 4 do not fit"):
+        parse_config(small_run)
+
+
+@pytest.mark.parametrize("content", ["", "just words", "a: [1", "\x00"])
+def test_a_file_that_is_no_config_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"broken\.yaml"):
+        load_config(path)
+
+
+def test_a_missing_config_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"absent\.yaml cannot be read"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_paths_become_absolute(small_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Workers run in another directory than the driver."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").write_text("x" * 100)
+    config = parse_config(small_run | {"storage": "runs", "data": {"source": "text", "path": "book.txt"}})
+    assert config.storage == tmp_path / "runs"
+    assert config.model_dump(mode="json")["data"]["path"] == str(tmp_path / "book.txt")
+
+
+@pytest.mark.parametrize(
+    ("change", "resumable"),
+    [
+        ({"cluster": {"workers": 1}}, True),
+        ({"tracking": {"mlflow": True}}, True),
+        ({"seed": 1}, False),
+        ({"truncation": None}, False),
+    ],
+)
+def test_resuming_refuses_what_would_make_it_another_run(
+    small_run: dict[str, Any], change: dict[str, Any], resumable: bool
+) -> None:
+    saved: RunConfig = parse_config(small_run)
+    changed = parse_config(small_run | change)
+    if resumable:
+        refuse_other_run(changed, saved.model_dump(mode="json"))
+    else:
+        with pytest.raises(UserError, match=next(iter(change))):
+            refuse_other_run(changed, saved.model_dump(mode="json"))

@@ -1,0 +1,140 @@
+"""Arrow datasets and batches: the batch of a step is a function of (seed, step) alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from orchestrator.data import arrow
+from orchestrator.data.batches import Batch, TrainBatches, validation_batches
+from orchestrator.data.sources import Digits, StdlibText, TextFiles, prepare
+from orchestrator.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    return prepare(TextFiles(source="text", path=corpus), tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare(Digits(source="digits"), tmp_path_factory.mktemp("digits"))
+
+
+def rows(folder: Path, seq_len: int | None, step: int, rank: int = 0, workers: int = 1, seed: int = 7) -> Batch:
+    return TrainBatches(folder, seq_len, 12, seed, rank, workers).at(step)
+
+
+@pytest.mark.parametrize(("kind", "seq_len"), [("text", 32), ("digits", None)])
+@pytest.mark.parametrize("workers", [2, 3])
+def test_any_number_of_workers_sees_the_same_batches(
+    kind: str, seq_len: int | None, workers: int, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(kind)
+    for step in (1, 2, 500):  # the last one is some epochs in
+        alone = rows(folder, seq_len, step)
+        parts = [rows(folder, seq_len, step, rank, workers) for rank in range(workers)]
+        assert torch.equal(torch.cat([part.inputs for part in parts]), alone.inputs)
+        assert torch.equal(torch.cat([part.targets for part in parts]), alone.targets)
+
+
+@pytest.mark.parametrize(("kind", "seq_len"), [("text", 32), ("digits", None)])
+def test_validation_rows_are_the_same_on_any_number_of_workers(
+    kind: str, seq_len: int | None, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(kind)
+
+    def fingerprints(rank: int, workers: int) -> list[bytes]:
+        batches = validation_batches(folder, seq_len, 10, 5, rank, workers)
+        return [row.numpy().tobytes() for batch in batches for row in batch.inputs]
+
+    shared = [*fingerprints(0, 2), *fingerprints(1, 2)]
+    assert sorted(fingerprints(0, 1)) == sorted(shared)
+
+
+def test_steps_can_be_taken_in_any_order(text: Path) -> None:
+    batches = TrainBatches(text, 32, 12, 7, 0, 1)
+    later, earlier = batches.at(900), batches.at(3)
+    assert torch.equal(later.inputs, rows(text, 32, 900).inputs)
+    assert torch.equal(earlier.inputs, rows(text, 32, 3).inputs)
+
+
+def test_an_epoch_shows_every_example_once(digits: Path) -> None:
+    n = len(arrow.read(digits, "train").column("label"))
+    batches = TrainBatches(digits, None, 1, 0, 0, 1)
+    seen = {batches.at(step).inputs.numpy().tobytes() for step in range(1, n + 1)}
+    assert len(seen) == len(np.unique(arrow.read(digits, "train").column("features").to_pylist(), axis=0))
+
+
+def test_seed_and_step_change_the_batch(text: Path) -> None:
+    base = rows(text, 32, 1).inputs
+    assert not torch.equal(base, rows(text, 32, 2).inputs)
+    assert not torch.equal(base, rows(text, 32, 1, seed=8).inputs)
+
+
+def test_targets_are_the_next_tokens(text: Path) -> None:
+    batch = rows(text, 32, 1)
+    assert torch.equal(batch.inputs[:, 1:], batch.targets[:, :-1])
+    assert batch.inputs.shape == (12, 32)
+
+
+def test_the_splits_hold_the_whole_corpus_once(text: Path, corpus: Path) -> None:
+    train, val = (arrow.read(text, split).column("tokens").to_numpy() for split in arrow.SPLITS)
+    assert len(train) > len(val) > 0
+    counts = np.bincount(train, minlength=256) + np.bincount(val, minlength=256)
+    assert (counts == np.bincount(np.fromfile(corpus, np.uint8), minlength=256)).all()
+
+
+def test_a_folder_is_the_text_of_its_files_in_order(tmp_path: Path) -> None:
+    (tmp_path / "text" / "b").mkdir(parents=True)
+    (tmp_path / "text" / "b" / "2.txt").write_text("world" * 3)
+    (tmp_path / "text" / "a.txt").write_text("hello" * 3)
+    folder = prepare(TextFiles(source="text", path=tmp_path / "text"), tmp_path / "data")
+    parts = [arrow.read(folder, split).column("tokens").to_numpy().tobytes() for split in arrow.SPLITS]
+    assert b"".join(parts) == b"hello" * 3 + b"world" * 3
+
+
+def test_the_standard_library_is_a_few_megabytes_without_its_tests(tmp_path: Path) -> None:
+    folder = prepare(StdlibText(source="stdlib"), tmp_path)
+    tokens = arrow.read(folder, "train").column("tokens").to_numpy()
+    assert 3e6 < len(tokens) < 4e7
+    assert b"class TestCase(" in tokens.tobytes()  # unittest itself is part of it
+    assert b"class TestGzip(" not in tokens.tobytes()  # the library's own tests are not
+
+
+def test_preparing_twice_writes_once(tmp_path: Path) -> None:
+    config = Digits(source="digits")
+    description = prepare(config, tmp_path) / arrow.DESCRIPTION
+    written = description.stat().st_mtime_ns
+    prepare(config, tmp_path)
+    config.prepare(description.parent)  # a second worker that raced the first
+    assert description.stat().st_mtime_ns == written
+    assert [path.name for path in tmp_path.iterdir()] == ["digits"]
+
+
+def test_missing_and_empty_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.path .*absent does not exist"):
+        prepare(TextFiles(source="text", path=tmp_path / "absent"), tmp_path / "data")
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(UserError, match=r"empty\.txt is empty"):
+        prepare(TextFiles(source="text", path=tmp_path / "empty.txt"), tmp_path / "data")
+
+
+def test_text_shorter_than_a_sequence_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("too short")
+    folder = prepare(TextFiles(source="text", path=tmp_path / "short.txt"), tmp_path / "data")
+    with pytest.raises(UserError, match=r"data\.seq_len 32 needs 33 tokens"):
+        rows(folder, 32, 1)
+
+
+def test_damaged_datasets_are_refused_by_name(tmp_path: Path) -> None:
+    folder = prepare(Digits(source="digits"), tmp_path)
+    (folder / "train.arrow").write_bytes(b"not arrow")
+    with pytest.raises(UserError, match=r"train\.arrow is missing or damaged"):
+        rows(folder, None, 1)
+    (folder / arrow.DESCRIPTION).write_text("{")
+    with pytest.raises(UserError, match=r"dataset\.json is damaged"):
+        arrow.describe(folder)

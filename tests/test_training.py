@@ -1,0 +1,318 @@
+"""Whole runs with real Ray Train workers, DeepSpeed, the coordinator, Arrow files and MLflow."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from compression.truncation import StateSelection, TruncationPlan
+from models.heads import SequenceModel
+from models.registry import LanguageTask, build_model
+from orchestrator import checkpoint, launch
+from orchestrator.config import RunConfig, parse_config
+from orchestrator.data.batches import TrainBatches
+from orchestrator.data.sources import prepare
+from orchestrator.errors import TrainingError, UserError
+from orchestrator.run_folder import read_metrics
+
+pytestmark = pytest.mark.cluster
+Finished = tuple[RunConfig, Path, str]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Finished:
+    """One run through the command itself, as a person starts it, with MLflow beside it."""
+    from tests.conftest import small_run  # its values, with a folder that lives for the whole module
+
+    root = tmp_path_factory.mktemp("run")
+    raw = small_run.__wrapped__(root, corpus) | {"tracking": {"mlflow": True}}
+    path = root / "small.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    command = [str(Path(sys.executable).with_name("rayduce")), "train", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=root, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    return parse_config(raw), root / "runs" / "small", done.stdout
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {row["step"]: row["train_loss"] for row in read_metrics(folder)}
+
+
+def plans(folder: Path) -> list[TruncationPlan]:
+    return [TruncationPlan.from_json(path.read_text()) for path in sorted((folder / "plans").glob("*.json"))]
+
+
+def saved(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    shards = (folder / "checkpoints" / f"step-{step:08d}").glob("*.safetensors")
+    return {key: tensor for shard in shards for key, tensor in load_file(shard).items()}
+
+
+def test_a_run_leaves_everything_a_person_needs(finished: Finished) -> None:
+    config, folder, output = finished
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["final_dims"] == [4, 4]
+    assert [cut["step"] for cut in summary["truncations"]] == [3, 7]
+    assert summary["truncations"][0]["dims_after"] == summary["truncations"][1]["dims_before"] == [8, 8]
+    assert [cut["digest"] for cut in summary["truncations"]] == [plan.digest for plan in plans(folder)]
+    assert summary["steps"] == config.train.steps == max(losses(folder))
+    assert summary["val_loss_final"] < summary["truncations"][0]["val_loss_before"]
+    assert parse_config(yaml.safe_load((folder / "config.yaml").read_text())) == config
+    for name in ("report.html", "figures/loss.png", "figures/state_dims.png", "figures/hsv_spectra.png"):
+        assert (folder / name).stat().st_size > 1000
+    assert "cut at step 3: states 16 x 2 layers -> 8 x 2 layers" in output
+    assert "mlflow ui --backend-store-uri sqlite:////" in output
+    assert "deepspeed" not in output.lower().replace("deepspeed's collectives", "")
+    assert "RayTrainWorker" in (folder / "logs" / "ray.log").read_text()
+
+
+def test_mlflow_holds_the_same(finished: Finished) -> None:
+    config, folder, _ = finished
+    summary = json.loads((folder / "summary.json").read_text())
+    client = mlflow.MlflowClient(f"sqlite:///{config.storage / 'mlflow.db'}")
+    run = client.get_run(summary["mlflow_run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["model.d_state"] == "16"
+    logged = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, "train_loss")}
+    assert logged == pytest.approx(losses(folder))
+    assert run.data.metrics["d_state_01"] == 4
+    names = {item.path for part in ("", "plans", "figures") for item in client.list_artifacts(run.info.run_id, part)}
+    assert {"summary.json", "report.html", "config.yaml", "figures/loss.png"} <= names
+    assert {f"plans/{path.name}" for path in (folder / "plans").iterdir()} <= names
+
+
+def test_training_equals_plain_torch_cut_by_hand(finished: Finished) -> None:
+    """Losses, final parameters and both Adam moments, against one process with torch's AdamW and sliced tensors."""
+    config, folder, _ = finished
+    cuts = {plan.step: plan for plan in plans(folder)}
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, LanguageTask(256), [16, 16])
+    optimizer = reference_optimizer(model, config, {}, 0)
+    data = prepare(config.data, config.data_root)
+    batches = TrainBatches(data, config.seq_len, config.train.batch_size, config.seed, 0, 1)
+    measured = losses(folder)
+    lrs = {row["step"]: row["learning_rate"] for row in read_metrics(folder)}
+    for step in range(1, config.train.steps + 1):
+        batch = batches.at(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lrs[step]
+        optimizer.zero_grad()
+        loss = model.loss(model(batch.inputs), batch.targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip)
+        optimizer.step()
+        assert loss.item() == pytest.approx(measured[step], rel=1e-4)
+        if step in cuts:
+            model, optimizer = cut_by_hand(model, optimizer, cuts[step], config)
+    ended = saved(folder, config.train.steps)
+    for name, parameter in model.named_parameters():
+        state = optimizer.state[parameter]
+        for part, tensor in (("value", parameter), ("exp_avg", state["exp_avg"]), ("exp_avg_sq", state["exp_avg_sq"])):
+            torch.testing.assert_close(ended[f"{part}:{name}"], tensor.detach(), rtol=1e-3, atol=1e-7)
+    manifest = checkpoint.verify(folder / "checkpoints" / f"step-{config.train.steps:08d}")
+    assert (manifest.state_dims, manifest.optimizer_step) == ([4, 4], config.train.steps)
+
+
+def reference_optimizer(
+    model: SequenceModel, config: RunConfig, state: dict[str, dict[str, torch.Tensor]], step: int
+) -> torch.optim.AdamW:
+    named = dict(model.named_parameters())
+    decayed = [p for n, p in named.items() if p.ndim >= 2 and not n.endswith("A_log")]
+    plain = [p for n, p in named.items() if p.ndim < 2 or n.endswith("A_log")]
+    groups = [
+        {"params": decayed, "weight_decay": config.train.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=config.train.lr, betas=config.train.betas)
+    for name, moments in state.items():
+        optimizer.state[named[name]] = moments | {"step": torch.tensor(float(step))}
+    return optimizer
+
+
+def cut_by_hand(
+    model: SequenceModel, optimizer: torch.optim.AdamW, plan: TruncationPlan, config: RunConfig
+) -> tuple[SequenceModel, torch.optim.AdamW]:
+    smaller = build_model(config.model, LanguageTask(256), plan.dims_after)
+    moments = {}
+    for name, parameter in model.named_parameters():
+        tensors = {"value": parameter.detach(), **optimizer.state[parameter]}
+        del tensors["step"]
+        for layer in plan.layers:
+            assert isinstance(layer.reduction, StateSelection)
+            kept = list(layer.reduction.kept)
+            if name == f"backbone.layers.{layer.layer}.mixer.A_log":
+                tensors = {key: tensor[:, kept] for key, tensor in tensors.items()}
+            if name == f"backbone.layers.{layer.layer}.mixer.x_proj.weight":
+                dt, B, C = 1, layer.dim_before, layer.dim_before  # dt_rank is ceil(16 / 16)
+                tensors = {
+                    key: torch.cat([p if p.shape[0] == dt else p[kept] for p in tensor.split([dt, B, C])])
+                    for key, tensor in tensors.items()
+                }
+        smaller.get_parameter(name).data.copy_(tensors.pop("value"))
+        moments[name] = {key: tensor.clone() for key, tensor in tensors.items()}
+    return smaller, reference_optimizer(smaller, config, moments, plan.step)
+
+
+@pytest.mark.parametrize(
+    ("kind", "zero_stage"),
+    [("mamba", 1), pytest.param("lru", 2)],
+)
+def test_one_worker_and_two_make_the_same_run(
+    small_run: dict[str, Any], local_ray: None, kind: str, zero_stage: int
+) -> None:
+    if kind == "lru":
+        small_run["data"] = {"source": "digits"}
+        small_run["model"] = {"kind": "lru", "n_layers": 2, "d_model": 8, "d_state": 16}
+    folders = {}
+    for workers in (1, 2):
+        raw = small_run | {
+            "name": f"workers{workers}",
+            "cluster": {"workers": workers, "zero_stage": zero_stage, "timeout_s": 60},
+        }
+        launch.train(parse_config(raw))
+        folders[workers] = Path(raw["storage"]) / raw["name"]
+    for alone, shared in zip(plans(folders[1]), plans(folders[2]), strict=True):
+        assert (alone.step, alone.dims_before, alone.dims_after) == (shared.step, shared.dims_before, shared.dims_after)
+        for one, two in zip(alone.layers, shared.layers, strict=True):
+            if kind == "mamba":
+                assert one.reduction == two.reduction
+            assert one.spectrum == pytest.approx(two.spectrum, rel=1e-3, abs=1e-5 * one.spectrum[0])
+    assert losses(folders[1]) == pytest.approx(losses(folders[2]), rel=1e-4)
+    assert plans(folders[1])[-1].dims_after == (4, 4)
+
+
+def interrupted(finished: Finished, storage: Path, after: int) -> Path:
+    """A copy of the finished run as if it had been killed after `after` steps."""
+    _, folder, _ = finished
+    copy = storage / folder.name
+    shutil.copytree(folder, copy)
+    for path in (copy / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) > after:
+            shutil.rmtree(path)
+    rows = [line for line in (copy / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] <= after]
+    (copy / "metrics.jsonl").write_text("\n".join(rows) + '\n{"step": 6, "train_l')
+    for path in (copy / "plans").glob("step-00000007*"):
+        path.unlink()
+    (copy / "summary.json").unlink()
+    return copy
+
+
+def test_resuming_equals_never_having_stopped(finished: Finished, local_ray: None, tmp_path: Path) -> None:
+    config, folder, _ = finished
+    resumed = interrupted(finished, tmp_path, after=5)
+    config = config.model_copy(update={"storage": tmp_path, "tracking": config.tracking})
+    shutil.copy(folder.parent / "mlflow.db", tmp_path / "mlflow.db")
+    summary = launch.train(config, resume=True)
+    assert losses(resumed) == losses(folder)  # bit by bit, the cut at step 7 included
+    assert [plan.dims_after for plan in plans(resumed)] == [(8, 8), (4, 4)]
+    ended, expected = saved(resumed, 12), saved(folder, 12)
+    assert ended.keys() == expected.keys()
+    assert all(torch.equal(ended[key], expected[key]) for key in expected)
+    original = json.loads((folder / "summary.json").read_text())
+    assert [cut["step"] for cut in summary["truncations"]] == [3, 7]
+    assert summary["mlflow_run_id"] == original["mlflow_run_id"]
+
+
+def test_what_cannot_be_resumed_is_refused_by_name(finished: Finished, tmp_path: Path) -> None:
+    config, _, _ = finished
+    config = config.model_copy(update={"storage": tmp_path})
+    with pytest.raises(UserError, match="no run small in storage"):
+        launch.train(config, resume=True)
+    folder = interrupted(finished, tmp_path, after=5)
+    other = config.model_copy(update={"seed": 5})
+    with pytest.raises(UserError, match=r"seed \(was 0, is 5\)"):
+        launch.train(other, resume=True)
+    shard = folder / "checkpoints" / "step-00000005" / "shard-00001-of-00002.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=r"shard-00001-of-00002\.safetensors is damaged"):
+        launch.train(config, resume=True)
+    manifest = folder / "checkpoints" / "step-00000005" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"step": 5', '"step": 6', 1))
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        launch.train(config, resume=True)
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        launch.train(config, resume=True)
+
+
+@pytest.fixture
+def mlflow_server(tmp_path: Path) -> Iterator[tuple[str, int]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    store = f"sqlite:///{tmp_path / 'server.db'}"
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
+    server = subprocess.Popen(
+        [*command, "--workers", "1", "--backend-store-uri", store],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # it has children, which are to die with it
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with socket.socket() as client:
+            if client.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.2)
+    yield f"http://127.0.0.1:{port}", server.pid
+    with contextlib.suppress(ProcessLookupError):  # the test has killed it
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+
+
+def test_the_run_outlives_its_mlflow_server(
+    small_run: dict[str, Any],
+    local_ray: None,
+    mlflow_server: tuple[str, int],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    uri, server = mlflow_server
+    small_run["tracking"] = {"mlflow_uri": uri}
+    folder = Path(small_run["storage"]) / "small"
+
+    def kill_when_known() -> None:
+        while not (folder / launch.MLFLOW_RUN).exists():
+            time.sleep(0.05)
+        os.killpg(server, signal.SIGKILL)
+
+    threading.Thread(target=kill_when_known, daemon=True).start()
+    summary = launch.train(parse_config(small_run))
+    assert summary["final_dims"] == [4, 4]
+    assert set(losses(folder)) == set(range(1, 13))
+    assert capfd.readouterr().out.count("MLflow at http://") == 1
+
+
+def test_more_workers_than_cores_are_refused(small_run: dict[str, Any], local_ray: None) -> None:
+    small_run["cluster"] = {"workers": 4}
+    with pytest.raises(UserError, match=r"cluster\.workers 4 need 4 CPUs \(1 each\), but the cluster has 2"):
+        launch.train(parse_config(small_run))
+    small_run["cluster"] = {"workers": 1, "use_gpu": True}
+    with pytest.raises(UserError, match=r"cluster\.workers 1 need 1 GPUs \(1 each\), but the cluster has 0"):
+        launch.train(parse_config(small_run))
+
+
+def test_diverged_training_fails_in_one_sentence(small_run: dict[str, Any], local_ray: None) -> None:
+    small_run["train"] |= {"lr": 1e30, "warmup": 0, "grad_clip": 0}
+    with pytest.raises(TrainingError, match=r"training failed .*layer 0 at step 3: .*diverged.*ray\.log") as failed:
+        launch.train(parse_config(small_run))
+    assert "\n" not in str(failed.value)
