@@ -86,7 +86,7 @@ def report(run: Path) -> None:
 @main.command()
 @_told_plainly
 def doctor() -> None:
-    """Tell what this machine has and lacks for training, and what to do about it.
+    """Tell what this machine has, what it lacks, and what to do.
 
     Looks at Python, compiler, cores, memory, disk, GPU, Ray, DeepSpeed and MLflow. Exit code 1 if training
     cannot work here.

@@ -267,8 +267,8 @@ def _sentence(error: ValidationError) -> str:
     """The first of pydantic's findings as one sentence."""
     # An unknown key often makes another one missing: the typing error explains both.
     found = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")[0]
-    location = [part for part in found["loc"] if part not in _UNION_TAGS]
-    key = ".".join(map(str, location))
+    location = found["loc"]
+    key = ".".join(str(part) for part in location if part not in _UNION_TAGS)
     if found["type"] == "extra_forbidden":
         valid = _valid_keys(location[:-1])
         near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
@@ -294,12 +294,14 @@ _UNION_TAGS = {"mamba", "lru", *SOURCES}
 
 
 def _valid_keys(location: Sequence[Any]) -> list[str]:
+    """Settings of the part at a location, which names the chosen variant behind a field that has variants."""
     models: list[type[BaseModel]] = [RunConfig]
     for part in location:
-        models = [
-            m for model in models if part in model.model_fields for m in _models_in(model.model_fields[part].annotation)
-        ]
-    return sorted({name for model in models for name in model.model_fields})
+        if part in _UNION_TAGS:
+            models = [m for m in models if (part,) in (get_args(f.annotation) for f in m.model_fields.values())]
+        else:
+            models = [m for model in models for m in _models_in(model.model_fields[part].annotation)]
+    return [name for model in models for name in model.model_fields]
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

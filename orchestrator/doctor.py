@@ -3,7 +3,6 @@
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -12,7 +11,6 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
 GIB = 2**30
 REINSTALL = "install Rayduce again into this environment: pip install --editable ."
@@ -150,10 +148,9 @@ def _ray() -> Finding:
     finding, address = _package("Ray", "ray"), os.environ.get("RAY_ADDRESS", "")
     if finding.state == "missing" or address in ("", "local", "auto"):
         return finding
-    try:
-        parts = urlsplit(address if "://" in address else f"ray://{address}")
-        socket.create_connection((parts.hostname or "", parts.port or 6379), timeout=1).close()
-    except (OSError, ValueError) as error:
-        detail = f"RAY_ADDRESS={address} does not answer ({error})"
+    from orchestrator.ray_cluster import why_unreachable  # Ray may be what is missing
+
+    if failure := why_unreachable(address):
+        detail = f"RAY_ADDRESS={address} does not answer ({failure})"
         return Finding("Ray", "missing", detail, "start the cluster, or unset RAY_ADDRESS to train here")
     return replace(finding, detail=f"{finding.detail}, cluster at {address} answers")

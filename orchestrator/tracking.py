@@ -11,8 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from orchestrator.config import RunConfig, flatten
+
 # A server that does not answer within these limits is given up: MLflow's own are minutes long.
 _MLFLOW_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+# Keeps the id of the MLflow run, so that a resumed training continues it.
+MLFLOW_RUN = "mlflow.json"
 CLOSE_TIMEOUT_S = 60.0
 _BATCH_S = 2.0
 
@@ -172,3 +176,31 @@ class MlflowTracker:
         for first in range(0, len(metrics), 1000):  # MLflow's limit a call
             batch = [Metric(*metric) for metric in metrics[first : first + 1000]]
             self._client.log_batch(self._connected_run(), metrics=batch)
+
+
+def _mlflow_uri(config: RunConfig) -> str:
+    """The configured server, else MLflow's own environment variable, else SQLite beside the runs."""
+    from_environment = os.environ.get("MLFLOW_TRACKING_URI")
+    return config.tracking.mlflow_uri or from_environment or f"sqlite:///{config.storage / 'mlflow.db'}"
+
+
+def mlflow_command(config: RunConfig) -> str:
+    """What opens MLflow for a person: a command, or the server's address."""
+    uri = _mlflow_uri(config)
+    return f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else uri
+
+
+def mlflow_tracker(config: RunConfig, folder: Path, warn: Callable[[str], None]) -> MlflowTracker | None:
+    """The MLflow run of the training in `folder`; None where the config wants none."""
+    if not config.tracking.mlflow:
+        return None
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a run needs no network
+    return MlflowTracker(
+        _mlflow_uri(config),
+        config.tracking.experiment,
+        config.storage / "mlartifacts",
+        folder.name,
+        dict(flatten(config.model_dump(mode="json"))),
+        folder / MLFLOW_RUN,
+        warn,
+    )

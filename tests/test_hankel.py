@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from tests.systems import padded_system, random_system
 from torch import Tensor
 
 from compression.gramians import LTISystem, SelectiveMoments, lti_gramians, selective_gramians
 from compression.hankel import balancing_factors, selective_hankel
 from models.mamba import Mamba, MambaConfig
+from tests.systems import padded_system, random_system
 
 
 def system_at(eigenvalues: list[complex], seed: int = 0) -> LTISystem:

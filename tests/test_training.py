@@ -31,6 +31,7 @@ from orchestrator.data.batches import TrainBatches
 from orchestrator.data.sources import prepare
 from orchestrator.errors import TrainingError, UserError
 from orchestrator.run_folder import read_metrics
+from orchestrator.tracking import MLFLOW_RUN
 
 pytestmark = pytest.mark.cluster
 Finished = tuple[RunConfig, Path, str]
@@ -291,7 +292,7 @@ def test_the_run_outlives_its_mlflow_server(
     folder = Path(small_run["storage"]) / "small"
 
     def kill_when_known() -> None:
-        while not (folder / launch.MLFLOW_RUN).exists():
+        while not (folder / MLFLOW_RUN).exists():
             time.sleep(0.05)
         os.killpg(server, signal.SIGKILL)
 

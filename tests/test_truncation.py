@@ -8,20 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
-from tests.systems import (
-    frequency_response,
-    impulse_response,
-    largest_gain,
-    nearly_defective_system,
-    padded_system,
-    random_system,
-)
 from torch import Tensor
 
 from compression.gramians import LTISystem, SelectiveMoments
@@ -35,6 +28,14 @@ from compression.truncation import (
     balanced_truncation,
     keep_everything,
     plan_truncation,
+)
+from tests.systems import (
+    frequency_response,
+    impulse_response,
+    largest_gain,
+    nearly_defective_system,
+    padded_system,
+    random_system,
 )
 
 REPOSITORY = Path(__file__).parent.parent
@@ -90,7 +91,7 @@ def test_error_stays_below_twice_the_discarded_hsvs(name: str, rank: int) -> Non
     smaller, _, bound = truncated(system, rank)
     response_FHH = frequency_response(system)
     error = largest_gain(response_FHH - frequency_response(smaller))
-    assert 0 < error
+    assert error > 0
     # Evaluating the responses in double precision costs some 1e-13 of the largest gain.
     assert error <= bound + 1e-12 * largest_gain(response_FHH)
 
@@ -390,7 +391,7 @@ ABOVE_THE_GATE = pytest.mark.xfail(
 def test_dim_is_reached_in_equal_ratios(initial: int, dim: int, events: int) -> None:
     dims = dims_over_events(initial, Target(dim=dim), events)
     assert dims[-1] == dim
-    for event, (before, after) in enumerate(zip(dims, dims[1:], strict=False), start=1):
+    for event, (before, after) in enumerate(pairwise(dims), start=1):
         exact = initial * (dim / initial) ** (event / events)
         assert abs(after - exact) <= 0.5 or (after == before and exact > 0.94 * before)
 
@@ -445,7 +446,7 @@ def test_probes_are_equidistant_and_end_with_the_window(total: int, events: int,
     assert len(steps) == events
     assert steps[0] >= 1
     assert steps[-1] == round(end * total) <= total
-    for before, after in zip((start * total, *steps), steps, strict=False):
+    for before, after in pairwise((start * total, *steps)):
         assert abs(after - before - width) <= 1
         assert after > before
 

@@ -1,0 +1,65 @@
+"""The Ray cluster that a run uses: reached or started, and large enough."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+import ray
+
+from orchestrator.config import RunConfig
+from orchestrator.errors import UserError
+
+
+@contextmanager
+def ray_cluster(config: RunConfig) -> Iterator[None]:
+    """Ray for the duration of the block: the cluster that RAY_ADDRESS names, or one on this machine.
+
+    Raises:
+        UserError: the cluster cannot be reached, or cannot hold the workers.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a run needs no network
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # the log should hold whole tracebacks
+    ours = not ray.is_initialized()
+    if ours:
+        # Ray itself would try for minutes.
+        address = os.environ.get("RAY_ADDRESS", "")
+        if failure := why_unreachable(address):
+            raise UserError(f"RAY_ADDRESS {address} cannot be reached ({failure}); unset it to train on this machine")
+        ray.init(include_dashboard=False, logging_level=logging.WARNING)
+    try:
+        _check_resources(config)
+        yield
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _check_resources(config: RunConfig) -> None:
+    has = ray.cluster_resources()
+    # An autoscaler may add nodes that are not there yet; Ray Train asks it the same way.
+    may_have = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    wanted = {"CPU": config.cluster.cpus_per_worker, "GPU": int(config.cluster.use_gpu)}
+    for resource, per_worker in wanted.items():
+        need, most = per_worker * config.cluster.workers, max(has.get(resource, 0), may_have.get(resource, 0))
+        if need > most:
+            raise UserError(
+                f"cluster.workers {config.cluster.workers} need {need} {resource}s ({per_worker} each), "
+                f"but the cluster has {most:g}"
+            )
+
+
+def why_unreachable(address: str) -> str | None:
+    """Why nothing answers at RAY_ADDRESS within a second; None where it does, or where Ray looks by itself."""
+    if address in ("", "local", "auto"):
+        return None
+    try:
+        parts = urlsplit(address if "://" in address else f"ray://{address}")
+        socket.create_connection((parts.hostname or "", parts.port or 6379), timeout=1).close()
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
