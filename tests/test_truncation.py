@@ -359,6 +359,11 @@ def test_tolerance_is_the_smallest_rank_with_the_mass(seed: int, decay: float) -
         assert math.fsum(sigma_N[: rank - 1].tolist()) < (1 - tolerance) * total
 
 
+def test_mass_that_is_exactly_enough_is_enough() -> None:
+    sigma_N = torch.tensor([4.0, 2.0, 1.0, 1.0], dtype=torch.float64)
+    assert [rank_within_tolerance(sigma_N, tolerance) for tolerance in (0.5, 0.25, 0.125)] == [1, 2, 3]
+
+
 def dims_over_events(initial: int, target: Target, events: int) -> list[int]:
     """Dimensions before the first and after each event, for a flat spectrum."""
     dims = [initial]
