@@ -85,8 +85,10 @@ def selective_gramians(moments: SelectiveMoments) -> tuple[Tensor, Tensor]:
     unit of state n releases into the output of channel d while it decays.
 
     Raises:
-        ValueError: a moment is not finite.
+        ValueError: a moment is not finite, or there are no tokens.
     """
+    if float(moments.tokens) == 0:
+        raise ValueError("the state statistics cover no token")
     if not bool(torch.isfinite(moments.to_vector()).all()):
         raise ValueError("the state statistics hold NaN or infinity; the training has diverged")
     controllability_DN = moments.h2_DN / moments.tokens

@@ -55,7 +55,9 @@ def _factor(gramian_NN: Tensor) -> Tensor:
     if int(failed) == 0:
         return L_NN
     values_N, vectors_NN = torch.linalg.eigh(gramian_NN)
-    factor_NN: Tensor = vectors_NN * values_N.clamp_min(0).sqrt()
+    # The root would lift an eigenvalue of rounding size far above rounding.
+    floor = values_N[-1] * values_N.numel() * torch.finfo(torch.float64).eps
+    factor_NN: Tensor = vectors_NN * torch.where(values_N > floor, values_N, 0.0).sqrt()
     return factor_NN
 
 

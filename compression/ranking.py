@@ -40,9 +40,12 @@ def choose_rank(sigma_N: Tensor, target: Target, initial_dim: int, event: int, e
     """States to keep at cut `event` of `events` (from 1), and the reason in words.
 
     A fixed dimension is approached geometrically from `initial_dim`, so that each cut removes the same share.
-    Never below 1; the present dimension where a cut would shrink it by less than 5 %.
+    Never below 1. The present dimension where no state carries anything yet, and where a cut would shrink it by
+    less than 5 %, unless that is what the last event still needs to reach the fixed dimension.
     """
     dim = sigma_N.numel()
+    if float(sigma_N[0]) == 0:
+        return dim, "kept: no state carries anything yet"
     rank, reason = dim, ""
     if target.tolerance is not None:
         rank = rank_within_tolerance(sigma_N, target.tolerance)
@@ -51,6 +54,7 @@ def choose_rank(sigma_N: Tensor, target: Target, initial_dim: int, event: int, e
         step_dim = max(1, round(initial_dim * (target.dim / initial_dim) ** (event / events)))
         if step_dim < rank:
             rank, reason = step_dim, f"dim {target.dim}, event {event} of {events}"
-    if rank > (1 - SMALLEST_GAIN) * dim:
+    reaches_dim = event == events and target.dim is not None and rank <= target.dim < dim
+    if rank > (1 - SMALLEST_GAIN) * dim and not reaches_dim:
         return dim, f"kept: rank {rank} would shrink it by less than {SMALLEST_GAIN:.0%}"
     return rank, reason

@@ -21,9 +21,9 @@ from compression.hankel import BalancingFactors, balancing_factors, selective_ha
 from compression.ranking import Target, choose_rank
 
 PLAN_FORMAT = 1
-# Beyond this condition number of the eigenvectors a diagonal form of the reduced system loses more than half
-# of double precision's digits: the reduction is nearly defective.
-LARGEST_CONDITION = 1e8
+# Beyond this condition number of the eigenvectors the diagonal form of the reduced system, whose weights are
+# float32, is wrong by more than its certificate: the reduction is nearly defective.
+LARGEST_CONDITION = 1e4
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,9 @@ def _plan_layer(
         sigma_N = factors.sigma_N
         rank, reason = choose_rank(sigma_N, target, initial_dim, event, events)
         if rank < dim:
+            if factors.numerical_rank < rank:
+                rank = factors.numerical_rank
+                reason += f"; no more than {rank} states carry anything"
             reduction = balanced_truncation(statistics, factors, rank)
             safe_rank = dim if reduction is None else reduction.eigenvalues_R.numel()
             if safe_rank != rank:
@@ -178,12 +181,12 @@ def _plan_layer(
 
 
 def balanced_truncation(system: LTISystem, factors: BalancingFactors, rank: int) -> StateTransform | None:
-    """Square-root balanced truncation to `rank` states, diagonalised again; complex128.
+    """Square-root balanced truncation to `rank` states, at most the numerical rank, diagonalised; complex128.
 
-    States below the numerical rank carry nothing and are dropped too. A reduced system that is nearly defective
-    falls back to the next larger rank that is safe; None when there is none below the present dimension.
+    A reduced system that is nearly defective falls back to the next larger rank that is safe; None when there is
+    none below the present dimension.
     """
-    for r in range(min(rank, factors.numerical_rank), system.d_state):
+    for r in range(rank, min(factors.numerical_rank + 1, system.d_state)):
         root_R = factors.sigma_N[:r].sqrt()
         right_NR = factors.L_P_NN @ factors.Vh_NN.mH[:, :r] / root_R
         left_RN = (factors.L_Q_NN @ factors.U_NN[:, :r] / root_R).mH
@@ -191,8 +194,6 @@ def balanced_truncation(system: LTISystem, factors: BalancingFactors, rank: int)
         if float(torch.linalg.cond(vectors_RR)) < LARGEST_CONDITION and float(eigenvalues_R.abs().max()) < 1:
             left_RN = torch.linalg.solve(vectors_RR, left_RN)
             return StateTransform(left_RN, right_NR @ vectors_RR, eigenvalues_R)
-        if r + 1 > factors.numerical_rank:
-            break
     return None
 
 

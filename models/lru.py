@@ -21,6 +21,7 @@ from models.scan.linear import linear_scan
 
 # The parametrisation exp(-exp(nu) + i exp(theta)) has no zero eigenvalue; this stands for one.
 SMALLEST_MAGNITUDE = 1e-12
+SMALLEST_PHASE = 1e-3
 
 
 class LRUConfig(BaseModel):
@@ -155,7 +156,8 @@ def _shrink_eigenvalues(
     # s = -exp(nu_log) + i exp(theta_log)
     in_s = ComplexMoments.of(nu_log, theta_log).scaled(-1 / old_nu_N, 1 / old_theta_N)
     nu_R = -new_R.abs().log()
-    # A real positive eigenvalue has phase 0, whose logarithm does not exist; 2 pi is the same phase.
+    # A real positive eigenvalue has phase 0, whose logarithm does not exist; 2 pi is the same phase. A phase next
+    # to 0 moves there too: gradients scale with the phase, so it could not train.
     theta_R = new_R.angle()
-    theta_R = torch.where(theta_R > 0, theta_R, theta_R + 2 * math.pi)
+    theta_R = torch.where(theta_R > SMALLEST_PHASE, theta_R, theta_R + 2 * math.pi)
     return in_s.through(gradient_map_RN).scaled(-nu_R, theta_R).with_values(nu_R.log(), theta_R.log())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def _fit(config: RunConfig, folder: Path, earlier: Earlier | None, terminal: Ter
     follower = Follower(config, folder, coordinator, tracker, terminal)
     status = "FAILED"
     try:
-        _trainer(config, Job(config, folder, earlier.checkpoint if earlier else None, coordinator)).fit()
+        _wait_for(_trainer(config, Job(config, folder, earlier.checkpoint if earlier else None, coordinator)))
         follower.stop()
         before = earlier.manifest.truncations if earlier else []
         truncations = [*before, *(cut.as_dict() for cut in follower.cuts)]
@@ -134,6 +135,15 @@ def _trainer(config: RunConfig, job: Job) -> TorchTrainer:
             failure_config=FailureConfig(max_failures=0),
         ),
     )
+
+
+def _wait_for(trainer: TorchTrainer) -> None:
+    """Run the trainer in a thread: in the main one Ray Train would take SIGINT for itself, and end without a word."""
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fit")
+    try:
+        pool.submit(trainer.fit).result()
+    finally:
+        pool.shutdown(wait=False)
 
 
 def _check_data(config: RunConfig, data: Path) -> None:

@@ -75,5 +75,5 @@ def test_nan_statistics_name_the_layer(submit: Callable[..., Any]) -> None:
     broken.h2_DN[0, 0] = float("nan")
     both = [submit(0), submit(1, part=broken)]
     for answer in both:
-        with pytest.raises(RayTaskError, match="layer 1 at step 5: .*NaN"):
+        with pytest.raises(RayTaskError, match=r"layer 1 at step 5: .*NaN"):
             ray.get(answer)

@@ -121,7 +121,6 @@ def test_states_that_carry_nothing_have_hsv_zero(kind: str) -> None:
     assert float(padded.sigma_N[5:].max()) <= 1e-7 * float(padded.sigma_N[0])
 
 
-@pytest.mark.xfail(strict=True, reason="HSVs of zero come out as the root of eps, above the floor of the rank")
 def test_numerical_rank_counts_the_states_that_carry_something() -> None:
     for kind in ("unreachable", "unobservable", "both"):
         assert balancing_factors(padded_system(random_system(5, 2, seed=9), kind)).numerical_rank == 5

@@ -167,13 +167,12 @@ def test_a_nearly_defective_reduction_keeps_one_state_more(monkeypatch: pytest.M
     assert (layer.dim_after, layer.reduction, layer.error_bound) == (4, None, 0)
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="all HSVs are zero: a division by zero reaches eig")
 @pytest.mark.parametrize("part", ["B_NH", "C_HN"])
-def test_a_layer_that_carries_nothing_can_be_cut(part: str) -> None:
+def test_a_layer_that_carries_nothing_yet_is_left_alone(part: str) -> None:
     system = random_system(8, 2)
     silent = replace(system, **{part: torch.zeros_like(getattr(system, part))})
     (layer,) = plan_of(silent, dim=4).layers
-    assert 1 <= layer.dim_after <= 8
+    assert (layer.dim_after, layer.reason) == (8, "kept: no state carries anything yet")
 
 
 # --- plans ---
@@ -373,11 +372,6 @@ def dims_over_events(initial: int, target: Target, events: int) -> list[int]:
     return dims
 
 
-ABOVE_THE_GATE = pytest.mark.xfail(
-    strict=True, reason="the 5 % gate swallows the last cut, and the run ends above the dim it was asked for"
-)
-
-
 @pytest.mark.parametrize(
     ("initial", "dim", "events"),
     [
@@ -389,8 +383,10 @@ ABOVE_THE_GATE = pytest.mark.xfail(
         (256, 28, 16),
         (384, 57, 4),
         (2, 1, 5),
-        pytest.param(64, 50, 16, marks=ABOVE_THE_GATE),
-        pytest.param(128, 93, 16, marks=ABOVE_THE_GATE),
+        # The 5 % gate must not swallow the last cut of these.
+        (64, 50, 16),
+        (128, 93, 16),
+        (64, 32, 16),
     ],
 )
 def test_dim_is_reached_in_equal_ratios(initial: int, dim: int, events: int) -> None:
@@ -413,7 +409,7 @@ def test_never_below_one(initial: int, target: Target) -> None:
 def test_a_layer_is_cut_only_if_it_shrinks_by_five_percent(dim: int, rank: int, kept: int) -> None:
     assert SMALLEST_GAIN == 0.05
     flat_N = torch.ones(dim, dtype=torch.float64)
-    chosen, reason = choose_rank(flat_N, Target(dim=rank), dim, 1, 1)
+    chosen, reason = choose_rank(flat_N, Target(tolerance=1 - (rank - 0.5) / dim), dim, 1, 1)
     assert chosen == kept
     assert reason.startswith("kept") == (chosen == dim)
 
