@@ -58,9 +58,16 @@ class TruncationConfig(_Part):
     """When to probe the state and how far to cut it."""
 
     target: Target
-    window: Window | None = Field(None, description="Equidistant probes; the default timing.")
+    window: Window | None = Field(None, description="Equidistant probes; four in the first tenth where nothing is said.")
     steps: Steps | None = Field(None, description="Explicit probe steps instead of a window.")
     probe_batches: int = Field(2, ge=1, description="Training batches from which a probe takes its statistics.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_timing(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("window") is None and raw.get("steps") is None:
+            return raw | {"window": {}}
+        return raw
 
     @model_validator(mode="after")
     def _one_timing(self) -> TruncationConfig:
@@ -72,7 +79,10 @@ class TruncationConfig(_Part):
 
     def probe_steps(self, total_steps: int) -> tuple[int, ...]:
         """Steps (from 1) after which the state is probed."""
-        return self.steps if self.steps is not None else (self.window or Window()).probe_steps(total_steps)
+        if self.steps is not None:
+            return self.steps
+        assert self.window is not None, "the default timing is a window"
+        return self.window.probe_steps(total_steps)
 
 
 class ClusterConfig(_Part):
