@@ -70,9 +70,9 @@ class Mamba(TruncatableLayer):
         x_BLD, z_BLD = self.in_proj(x_BLM).chunk(2, dim=-1)
         x_BLD = F.silu(self.conv1d(x_BLD.transpose(1, 2))[..., : x_BLM.shape[1]].transpose(1, 2))
         dt_BLR, B_BLN, C_BLN = self.x_proj(x_BLD).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        dt_BLD = F.softplus(self.dt_proj(dt_BLR))
-        y_BLD = selective_scan(x_BLD, dt_BLD, -self.A_log.exp(), B_BLN, C_BLN, self._moments)
-        out_BLM: Tensor = self.out_proj((y_BLD + self.D * x_BLD) * F.silu(z_BLD))
+        r_BLD = self.dt_proj(dt_BLR)
+        y_BLD = selective_scan(x_BLD, r_BLD, -self.A_log.exp(), B_BLN, C_BLN, self.D, z_BLD, self._moments)
+        out_BLM: Tensor = self.out_proj(y_BLD)
         return out_BLM
 
     def start_statistics(self) -> None:

@@ -58,7 +58,7 @@ class TruncationConfig(_Part):
     """When to probe the state and how far to cut it."""
 
     target: Target
-    window: Window | None = Field(None, description="Equidistant probes; four in the first tenth where nothing is said.")
+    window: Window | None = Field(None, description="Equidistant probes; by default four in the first tenth.")
     steps: Steps | None = Field(None, description="Explicit probe steps instead of a window.")
     probe_batches: int = Field(2, ge=1, description="Training batches from which a probe takes its statistics.")
 
@@ -92,7 +92,16 @@ class ClusterConfig(_Part):
     cpus_per_worker: int = Field(1, ge=1, description="CPU cores, and threads, per worker.")
     use_gpu: bool = Field(False, description="One GPU per worker.")
     zero_stage: Literal[1, 2] = Field(2, description="DeepSpeed ZeRO stage.")
+    scan: Literal["auto", "torch", "cpu"] = Field(
+        "auto", description="What computes recurrences: torch, or C++ on CPUs."
+    )
     timeout_s: float = Field(300, gt=0, description="How long workers wait for each other, in seconds.")
+
+    @model_validator(mode="after")
+    def _kernels_fit_the_device(self) -> ClusterConfig:
+        if self.use_gpu and self.scan == "cpu":
+            raise ValueError("scan cpu needs use_gpu false; on GPUs scan must be auto or torch")
+        return self
 
 
 class TrackingConfig(_Part):

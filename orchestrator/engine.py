@@ -15,7 +15,9 @@ from torch import Tensor
 from compression.gramians import Statistics
 from compression.truncation import TruncationPlan
 from models.heads import SequenceModel
+from models.mamba import MambaConfig
 from models.registry import ClassificationTask, Task, build_model
+from models.scan import backends
 from orchestrator.config import RunConfig, TrainConfig
 from orchestrator.data.batches import Batch
 from orchestrator.group import Group
@@ -102,6 +104,13 @@ class Engine:
             digest.update(name.encode())
             digest.update(parameter.detach().cpu().numpy().tobytes())
         return digest.hexdigest()
+
+    @property
+    def scans(self) -> str:
+        """What computes the recurrences, in words for a person."""
+        if isinstance(self._config.model, MambaConfig):
+            return backends.describe(self._group.device)
+        return "scans in plain torch"
 
     @property
     def parameter_count(self) -> int:

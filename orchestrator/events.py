@@ -67,6 +67,7 @@ class Started:
 
     step: int
     parameters: int
+    scans: str
 
 
 Event = Measured | Probed | Saved | Started

@@ -57,10 +57,10 @@ class Follower:
 
     def _handle(self, event: Event) -> None:
         match event:
-            case Started(step, parameters):
+            case Started(step, parameters, scans):
                 self.step = step
                 how = f"resumed after step {step}" if step else "started"
-                self._terminal.line(f"{how}: {count(parameters)} parameters, {self._config.train.steps} steps")
+                self._terminal.line(f"{how}: {count(parameters)} parameters, {self._config.train.steps} steps, {scans}")
             case Measured(step, metrics):
                 self._tracker.log(step, metrics)
                 if "train_loss" in metrics:

@@ -51,7 +51,7 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, Any]:
             terminal.line(
                 f"run {folder.name}: {config.model.kind}, {cluster.workers} workers, ZeRO-{cluster.zero_stage}"
             )
-            terminal.line("starting (the first run on a machine compiles DeepSpeed's collectives, about a minute)")
+            terminal.line("starting (the first run on a machine compiles its kernels, about two minutes)")
             summary = _fit(config, folder, earlier, terminal)
     except UserError:
         if earlier is None:

@@ -11,6 +11,7 @@ import ray.train.torch
 import torch
 
 from models.registry import Task
+from models.scan import backends
 from orchestrator import checkpoint
 from orchestrator.coordinator import coordinate
 from orchestrator.data import arrow
@@ -35,6 +36,7 @@ class Worker:
         self.coordinator = job.coordinator
         context = ray.train.get_context()
         torch.set_num_threads(config.cluster.cpus_per_worker)
+        backends.force(config.cluster.scan)
         self.group = Group(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
         self.attempt = self._begin_attempt()
 
@@ -51,7 +53,7 @@ class Worker:
 
     def run(self) -> None:
         config = self.config
-        self._publish([Started(self.step, self.engine.parameter_count)])
+        self._publish([Started(self.step, self.engine.parameter_count, self.engine.scans)])
         train, probes = config.train, set(config.probe_steps)
         for step in range(self.step + 1, train.steps + 1):
             self.step = step

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compression.gramians import LTISystem, SelectiveMoments
+from compression.gramians import LTISystem
 from compression.moments import ComplexMoments, ParameterState
 from compression.ranking import Target
 from compression.truncation import LayerPlan, StateSelection, StateTransform, plan_truncation
@@ -24,13 +24,12 @@ from models.layer import TruncatableLayer
 from models.lru import LRU, LRUConfig
 from models.mamba import Mamba, MambaConfig
 from models.registry import ClassificationTask, LanguageTask, build_model
-from models.scan import linear, selective
+from models.scan import linear, selective_torch
 from models.scan.linear import linear_scan
-from models.scan.selective import selective_scan
 from tests.systems import frequency_response, largest_gain, nearly_defective_system
 
 F64 = torch.float64
-CHUNK = selective.CHUNK
+CHUNK = selective_torch.CHUNK
 LINEAR_CHUNK = linear.CHUNK
 
 Arguments = tuple[Tensor, ...]
@@ -39,113 +38,6 @@ Arguments = tuple[Tensor, ...]
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     actual, expected = actual.detach(), expected.detach()
     return float((actual - expected).norm() / expected.norm().clamp_min(torch.finfo(F64).tiny))
-
-
-# --- selective scan ---
-
-
-def scan_arguments(batch: int, length: int, d_inner: int, d_state: int, dt: float = 0.1, seed: int = 0) -> Arguments:
-    """x, dt, A, B, C in float64; dt spreads over a decade around `dt`."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def gaussian(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=F64, generator=generator)
-
-    return (
-        gaussian(batch, length, d_inner),
-        dt * gaussian(batch, length, d_inner).exp(),
-        -gaussian(d_inner, d_state).exp(),
-        gaussian(batch, length, d_state),
-        gaussian(batch, length, d_state),
-    )
-
-
-def naive_states(x_BLD: Tensor, dt_BLD: Tensor, A_DN: Tensor, B_BLN: Tensor) -> tuple[Tensor, Tensor]:
-    """All decays and states, (B, L, D, N) each, one step after the other."""
-    decay_BLDN = torch.exp(dt_BLD.unsqueeze(-1) * A_DN)
-    h_BDN = torch.zeros_like(decay_BLDN[:, 0])
-    states = []
-    for t in range(x_BLD.shape[1]):
-        h_BDN = decay_BLDN[:, t] * h_BDN + (dt_BLD[:, t] * x_BLD[:, t]).unsqueeze(-1) * B_BLN[:, t].unsqueeze(1)
-        states.append(h_BDN)
-    return decay_BLDN, torch.stack(states, dim=1)
-
-
-def naive_selective_scan(x_BLD: Tensor, dt_BLD: Tensor, A_DN: Tensor, B_BLN: Tensor, C_BLN: Tensor) -> Tensor:
-    return torch.einsum("bldn,bln->bld", naive_states(x_BLD, dt_BLD, A_DN, B_BLN)[1], C_BLN)
-
-
-SHAPES = [
-    (2, 1, 3, 4),
-    (1, CHUNK - 5, 4, 3),
-    (2, CHUNK, 3, 4),
-    (2, CHUNK + 1, 3, 1),
-    (1, 3 * CHUNK + 7, 5, 6),
-    (3, 4 * CHUNK, 1, 2),
-]
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_selective_scan_equals_the_recurrence(shape: tuple[int, int, int, int]) -> None:
-    exact = [part.float().double().requires_grad_() for part in scan_arguments(*shape)]
-    ours = [part.detach().float().requires_grad_() for part in exact]
-    expected_BLD, y_BLD = naive_selective_scan(*exact), selective_scan(*ours)
-    assert y_BLD.dtype == torch.float32
-    assert relative_error(y_BLD.double(), expected_BLD) < 1e-5
-
-    dy_BLD = torch.randn(expected_BLD.shape, dtype=F64, generator=torch.Generator().manual_seed(1))
-    expected = torch.autograd.grad(expected_BLD, exact, dy_BLD)
-    actual = torch.autograd.grad(y_BLD, ours, dy_BLD.float())
-    for name, grad, expected_grad in zip(["x", "dt", "A", "B", "C"], actual, expected, strict=True):
-        assert relative_error(grad.double(), expected_grad) < 1e-4, name
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 2, 2), (1, CHUNK + 2, 1, 2)])
-def test_selective_scan_gradcheck(shape: tuple[int, int, int, int]) -> None:
-    arguments = [part.requires_grad_() for part in scan_arguments(*shape)]
-    assert torch.autograd.gradcheck(selective_scan, arguments)
-
-
-@pytest.mark.parametrize("dt", [1e-15, 1e-6, 30.0, 1e4])
-def test_selective_scan_bears_extreme_time_steps(dt: float) -> None:
-    exact = [part.requires_grad_() for part in scan_arguments(2, 2 * CHUNK + 3, 3, 4, dt)]
-    ours = [part.detach().float().requires_grad_() for part in exact]
-    y_BLD, expected_BLD = selective_scan(*ours), naive_selective_scan(*exact)
-    assert relative_error(y_BLD.double(), expected_BLD) < 1e-5
-    grads = torch.autograd.grad(y_BLD.sum(), ours)
-    expected = torch.autograd.grad(expected_BLD.sum(), exact)
-    assert all(bool(torch.isfinite(grad).all()) for grad in grads)
-    # exp(dt A) at an exponent of some 100 carries 100 times the rounding of dt and A.
-    for grad, expected_grad in zip(grads, expected, strict=True):
-        assert relative_error(grad.double(), expected_grad) < 1e-3
-
-
-def test_selective_scan_takes_any_layout_and_partial_gradients() -> None:
-    x_BLD, dt_BLD, A_DN, B_BLN, C_BLN = scan_arguments(2, CHUNK + 3, 3, 4)
-    x_BLD = x_BLD.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
-    y_BLD = selective_scan(x_BLD, dt_BLD, A_DN, B_BLN, C_BLN)
-    torch.testing.assert_close(y_BLD, naive_selective_scan(x_BLD, dt_BLD, A_DN, B_BLN, C_BLN))
-    (grad,) = torch.autograd.grad(y_BLD.sum(), [x_BLD])
-    (expected,) = torch.autograd.grad(naive_selective_scan(x_BLD, dt_BLD, A_DN, B_BLN, C_BLN).sum(), [x_BLD])
-    torch.testing.assert_close(grad, expected)
-
-
-@pytest.mark.parametrize("length", [1, CHUNK, 2 * CHUNK + 5])
-def test_moments_are_the_sums_over_tokens_and_leave_the_scan_alone(length: int) -> None:
-    arguments = [part.requires_grad_() for part in scan_arguments(2, length, 3, 4)]
-    x_BLD, dt_BLD, A_DN, B_BLN, C_BLN = arguments
-    moments = SelectiveMoments.zeros(3, 4)
-    y_BLD, y_without_BLD = selective_scan(*arguments, moments), selective_scan(*arguments)
-    assert torch.equal(y_BLD, y_without_BLD)
-    grads, grads_without = (torch.autograd.grad(y.square().sum(), arguments) for y in (y_BLD, y_without_BLD))
-    assert all(torch.equal(a, b) for a, b in zip(grads, grads_without, strict=True))
-
-    decay_BLDN, h_BLDN = naive_states(x_BLD, dt_BLD, A_DN, B_BLN)
-    assert int(moments.tokens) == 2 * length
-    assert not moments.h2_DN.requires_grad
-    torch.testing.assert_close(moments.h2_DN, h_BLDN.square().sum((0, 1)))
-    torch.testing.assert_close(moments.a2_DN, decay_BLDN.square().sum((0, 1)))
-    torch.testing.assert_close(moments.c2_N, C_BLN.square().sum((0, 1)))
 
 
 # --- linear scan ---

@@ -1,0 +1,58 @@
+"""The C++ kernels, built once per machine and kept: torch's extension loader caches them.
+
+Without a compiler everything works, more slowly, in plain torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("selective.cpp",))
+# The library is used without its own OpenMP: symbols come from the runtime that torch has loaded, because two
+# runtimes would fight for the cores.
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-std=c++20")
+
+
+@functools.cache
+def _build() -> tuple[Any, str]:
+    """The operators and an empty string, or None and why there are none."""
+    from torch.utils.cpp_extension import load  # looks for compilers when imported
+
+    # A home that several kinds of machine share must not mix up their instructions.
+    processor = Path("/proc/cpuinfo")
+    features = processor.read_text().split("\n\n")[0] if processor.exists() else platform.machine()
+    features = "".join(line for line in features.splitlines() if line.startswith(("flags", "Features", "model name")))
+    key = repr((torch.__version__, features, FLAGS, [source.read_text() for source in SOURCES]))
+    name = f"rayduce_scan_{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    try:
+        load(name, [str(source) for source in SOURCES], extra_cflags=list(FLAGS), is_python_module=False)
+    except (RuntimeError, OSError, ImportError) as error:
+        reason = str(error).strip().splitlines()
+        return None, reason[0] if reason else type(error).__name__
+    return torch.ops.rayduce, ""
+
+
+def load() -> Any | None:
+    """The operators; None, with one warning, where it cannot be built. The first call on a machine takes a while."""
+    module, reason = _build()
+    if module is None:
+        _warn(reason)
+    return module
+
+
+def why_not() -> str:
+    return _build()[1]
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    logger.warning("scans run in plain torch, several times slower: the CPU kernels cannot be built (%s)", reason)

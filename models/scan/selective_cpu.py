@@ -1,0 +1,72 @@
+"""Mamba-1's selective scan through the C++ kernels, float32 on a CPU.
+
+Shapes: B batch, L time, D channels (d_inner), N state.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from compression.gramians import SelectiveMoments
+from models.scan import extension
+
+
+def selective_scan(
+    x_BLD: Tensor,
+    r_BLD: Tensor,
+    A_DN: Tensor,
+    B_BLN: Tensor,
+    C_BLN: Tensor,
+    D_D: Tensor,
+    z_BLD: Tensor,
+    moments: SelectiveMoments | None,
+) -> Tensor:
+    """As `models.scan.selective.selective_scan`, in float32."""
+    rows = (_rows(part) for part in (x_BLD, r_BLD, B_BLN, C_BLN, z_BLD))
+    x_BLD, r_BLD, B_BLN, C_BLN, z_BLD = rows
+    out_BLD: Tensor = _SelectiveScan.apply(  # type: ignore[no-untyped-call]
+        x_BLD, r_BLD, A_DN, B_BLN, C_BLN, D_D, z_BLD, moments
+    )
+    return out_BLD
+
+
+def _rows(part: Tensor) -> Tensor:
+    """The kernels read slices of wider tensors, as long as channels are contiguous."""
+    return part if part.stride(-1) == 1 else part.contiguous()
+
+
+class _SelectiveScan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_BLD: Tensor,
+        r_BLD: Tensor,
+        A_DN: Tensor,
+        B_BLN: Tensor,
+        C_BLN: Tensor,
+        D_D: Tensor,
+        z_BLD: Tensor,
+        moments: SelectiveMoments | None,
+    ) -> Tensor:
+        kernels = extension.load()
+        assert kernels is not None, "this backend is chosen only where the kernels are built"
+        tensors = (x_BLD, r_BLD, A_DN, B_BLN, C_BLN, D_D, z_BLD)
+        out_BLD, starts, *sums = kernels.selective_forward(*tensors, moments is not None)
+        if moments is not None:
+            moments.h2_DN += sums[0]
+            moments.a2_DN += sums[1]
+            moments.c2_N += C_BLN.square().sum((0, 1))
+            moments.tokens += C_BLN.shape[0] * C_BLN.shape[1]
+        ctx.save_for_backward(*tensors, starts)
+        return out_BLD  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_BLD: Tensor) -> tuple[Tensor | None, ...]:
+        kernels = extension.load()
+        assert kernels is not None
+        return (*kernels.selective_backward(dout_BLD.contiguous(), *ctx.saved_tensors), None)

@@ -1,0 +1,196 @@
+"""Every backend of the selective scan against the plain recurrence in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from compression.gramians import SelectiveMoments
+from models.scan import backends, extension, selective_torch
+from models.scan.selective import selective_scan
+
+F64 = torch.float64
+CHUNK = selective_torch.CHUNK
+NAMES = ["x", "r", "A", "B", "C", "D", "z"]
+Arguments = list[Tensor]
+
+
+@pytest.fixture(params=["torch", "cpu"])
+def backend(request: pytest.FixtureRequest) -> object:
+    if request.param == "cpu" and extension.load() is None:
+        pytest.skip(f"no CPU kernels here: {extension.why_not()}")
+    backends.force(request.param)
+    yield request.param
+    backends.force("auto")
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    actual, expected = actual.detach().double(), expected.detach()
+    return float((actual - expected).norm() / expected.norm().clamp_min(torch.finfo(F64).tiny))
+
+
+def scan_arguments(batch: int, length: int, d_inner: int, d_state: int, dt: float = 0.1, seed: int = 0) -> Arguments:
+    """x, r, A, B, C, D, z in float64, representable in float32; softplus(r) spreads over a decade around `dt`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def gaussian(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=F64, generator=generator)
+
+    dt_BLD = dt * gaussian(batch, length, d_inner).exp()
+    arguments = [
+        gaussian(batch, length, d_inner),
+        dt_BLD + torch.log(-torch.expm1(-dt_BLD)),
+        -gaussian(d_inner, d_state).exp(),
+        gaussian(batch, length, d_state),
+        gaussian(batch, length, d_state),
+        gaussian(d_inner),
+        gaussian(batch, length, d_inner),
+    ]
+    return [part.float().double().requires_grad_() for part in arguments]
+
+
+def in_float32(arguments: Arguments) -> Arguments:
+    return [part.detach().float().requires_grad_() for part in arguments]
+
+
+def naive_states(x_BLD: Tensor, dt_BLD: Tensor, A_DN: Tensor, B_BLN: Tensor) -> tuple[Tensor, Tensor]:
+    """All decays and states, (B, L, D, N) each, one step after the other."""
+    decay_BLDN = torch.exp(dt_BLD.unsqueeze(-1) * A_DN)
+    h_BDN = torch.zeros_like(decay_BLDN[:, 0])
+    states = []
+    for t in range(x_BLD.shape[1]):
+        h_BDN = decay_BLDN[:, t] * h_BDN + (dt_BLD[:, t] * x_BLD[:, t]).unsqueeze(-1) * B_BLN[:, t].unsqueeze(1)
+        states.append(h_BDN)
+    return decay_BLDN, torch.stack(states, dim=1)
+
+
+def recurrence(
+    x_BLD: Tensor, r_BLD: Tensor, A_DN: Tensor, B_BLN: Tensor, C_BLN: Tensor, D_D: Tensor, z_BLD: Tensor
+) -> Tensor:
+    _, h_BLDN = naive_states(x_BLD, F.softplus(r_BLD), A_DN, B_BLN)
+    return (torch.einsum("bldn,bln->bld", h_BLDN, C_BLN) + D_D * x_BLD) * F.silu(z_BLD)
+
+
+SHAPES = [
+    (2, 1, 3, 4),
+    (1, CHUNK - 5, 4, 3),
+    (2, CHUNK, 16, 4),
+    (2, CHUNK + 1, 3, 1),
+    (1, 3 * CHUNK + 7, 37, 6),
+    (3, 4 * CHUNK, 1, 2),
+    (1, 40, 70, 33),  # more than one block of channels, none of them full at the end
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_equals_the_recurrence(backend: str, shape: tuple[int, int, int, int]) -> None:
+    exact = scan_arguments(*shape)
+    ours = in_float32(exact)
+    expected_BLD, out_BLD = recurrence(*exact), selective_scan(*ours)
+    assert out_BLD.dtype == torch.float32
+    assert relative_error(out_BLD, expected_BLD) < 1e-5
+    dout_BLD = torch.randn(expected_BLD.shape, dtype=F64, generator=torch.Generator().manual_seed(1))
+    expected = torch.autograd.grad(expected_BLD, exact, dout_BLD)
+    actual = torch.autograd.grad(out_BLD, ours, dout_BLD.float())
+    for name, grad, expected_grad in zip(NAMES, actual, expected, strict=True):
+        assert relative_error(grad, expected_grad) < 1e-4, name
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 2, 2), (1, CHUNK + 2, 1, 2)])
+def test_gradcheck_in_float64(shape: tuple[int, int, int, int]) -> None:
+    """float64 always takes the torch backend."""
+    assert torch.autograd.gradcheck(selective_scan, scan_arguments(*shape))
+
+
+@pytest.mark.parametrize("dt", [1e-15, 1e-6, 30.0, 1e4])
+def test_it_bears_extreme_time_steps(backend: str, dt: float) -> None:
+    exact = scan_arguments(2, 2 * CHUNK + 3, 3, 4, dt)
+    ours = in_float32(exact)
+    out_BLD, expected_BLD = selective_scan(*ours), recurrence(*exact)
+    assert relative_error(out_BLD, expected_BLD) < 1e-5
+    grads = torch.autograd.grad(out_BLD.sum(), ours)
+    expected = torch.autograd.grad(expected_BLD.sum(), exact)
+    # exp(dt A) at an exponent of some 100 carries 100 times the rounding of dt and A.
+    for name, grad, expected_grad in zip(NAMES, grads, expected, strict=True):
+        assert relative_error(grad, expected_grad) < 1e-3, name
+
+
+@pytest.mark.parametrize("z", [-200.0, -90.0, 90.0, 200.0])
+def test_the_gate_bears_extreme_inputs(backend: str, z: float) -> None:
+    exact = scan_arguments(1, 5, 3, 2)
+    exact[6] = torch.full_like(exact[6], z).requires_grad_()
+    ours = in_float32(exact)
+    out_BLD, expected_BLD = selective_scan(*ours), recurrence(*exact)
+    # Next to the smallest float32 the kernels hold the exponential instead of following it into subnormals.
+    torch.testing.assert_close(out_BLD.double(), expected_BLD, rtol=1e-5, atol=1e-34)
+    for name, grad in zip(NAMES, torch.autograd.grad(out_BLD.sum(), ours), strict=True):
+        assert bool(torch.isfinite(grad).all()), name
+
+
+def test_it_takes_slices_and_any_layout(backend: str) -> None:
+    exact = scan_arguments(2, CHUNK + 3, 6, 4)
+    x_BLD, r_BLD, A_DN, B_BLN, C_BLN, D_D, z_BLD = in_float32(exact)
+    wide = torch.cat([x_BLD, z_BLD, B_BLN, C_BLN], dim=-1).detach()
+    x_BLD, z_BLD, B_BLN, C_BLN = wide.split([6, 6, 4, 4], dim=-1)
+    r_BLD = r_BLD.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    out_BLD = selective_scan(x_BLD, r_BLD, A_DN.detach(), B_BLN, C_BLN, D_D.detach(), z_BLD)
+    assert relative_error(out_BLD, recurrence(*exact)) < 1e-5
+    (grad,) = torch.autograd.grad(out_BLD.sum(), [r_BLD])
+    (expected,) = torch.autograd.grad(recurrence(*exact).sum(), [exact[1]])
+    assert relative_error(grad, expected) < 1e-4
+
+
+@pytest.mark.parametrize("length", [1, CHUNK, 2 * CHUNK + 5])
+def test_moments_are_the_sums_over_tokens_and_leave_the_scan_alone(backend: str, length: int) -> None:
+    exact = scan_arguments(2, length, 19, 4)
+    ours = in_float32(exact)
+    moments = SelectiveMoments.zeros(19, 4)
+    out_BLD, without_BLD = selective_scan(*ours, moments), selective_scan(*ours)
+    assert torch.equal(out_BLD, without_BLD)
+    grads, grads_without = (torch.autograd.grad(out.square().sum(), ours) for out in (out_BLD, without_BLD))
+    assert all(torch.equal(a, b) for a, b in zip(grads, grads_without, strict=True))
+    x_BLD, r_BLD, A_DN, B_BLN, C_BLN, _, _ = exact
+    decay_BLDN, h_BLDN = naive_states(x_BLD, F.softplus(r_BLD), A_DN, B_BLN)
+    assert int(moments.tokens) == 2 * length
+    assert not moments.h2_DN.requires_grad
+    assert relative_error(moments.h2_DN, h_BLDN.square().sum((0, 1))) < 1e-5
+    assert relative_error(moments.a2_DN, decay_BLDN.square().sum((0, 1))) < 1e-5
+    assert relative_error(moments.c2_N, C_BLN.square().sum((0, 1))) < 1e-5
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_threads_change_nothing_but_rounding(backend: str, batch: int) -> None:
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            ours = in_float32(scan_arguments(batch, 50, 40, 5))
+            out_BLD = selective_scan(*ours)
+            results.append([out_BLD, *torch.autograd.grad(out_BLD.sum(), ours)])
+    finally:
+        torch.set_num_threads(before)
+    for alone, shared in zip(*results, strict=True):
+        assert relative_error(shared, alone.double()) < 1e-6
+
+
+def test_without_a_compiler_plain_torch_takes_over(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    extension._build.cache_clear()
+    extension._warn.cache_clear()
+    monkeypatch.setattr(extension, "FLAGS", (*extension.FLAGS, "-DFRESH"))  # not the kernels that are cached already
+    try:
+        ours = in_float32(scan_arguments(1, 3, 2, 2))
+        for _ in range(2):
+            assert backends.choose(ours[0]) == "torch"
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        with pytest.raises(RuntimeError, match="cannot be built"):
+            backends.force("cpu")
+    finally:
+        extension._build.cache_clear()
+        extension._warn.cache_clear()
