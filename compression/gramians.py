@@ -93,7 +93,7 @@ def selective_gramians(moments: SelectiveMoments) -> tuple[Tensor, Tensor]:
         raise ValueError("the state statistics hold NaN or infinity; the training has diverged")
     controllability_DN = moments.h2_DN / moments.tokens
     decay_DN = moments.a2_DN / moments.tokens
-    # A state that never decays over the window would be infinitely observable: bound its memory by the window.
+    # A state that never decays would be infinitely observable: bound its memory by the tokens that were seen.
     leak_DN = (1 - decay_DN).clamp_min(1 / float(moments.tokens))
     observability_DN = (moments.c2_N / moments.tokens) / leak_DN
     return controllability_DN, observability_DN

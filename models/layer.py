@@ -19,6 +19,9 @@ class TruncatableLayer(nn.Module, ABC):
     ssm_parameters: ClassVar[frozenset[str]]
     """Own names of parameters that get no weight decay and the learning-rate factor of the state space."""
 
+    statistics_need_tokens: ClassVar[bool]
+    """Whether the statistics come from what passes through, or from the weights alone."""
+
     d_state: int
 
     @abstractmethod
@@ -27,7 +30,7 @@ class TruncatableLayer(nn.Module, ABC):
 
     @abstractmethod
     def finish_statistics(self) -> Statistics:
-        """The statistics of this worker's tokens since `start_statistics`; collection ends."""
+        """The statistics of this worker's tokens since `start_statistics`, on the CPU; collection ends."""
 
     @abstractmethod
     def shrink(self, plan: LayerPlan, states: Mapping[str, ParameterState]) -> dict[str, ParameterState]:

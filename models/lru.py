@@ -47,6 +47,7 @@ class LRUConfig(BaseModel):
 class LRU(TruncatableLayer):
     """Linear recurrence followed by GELU and a gated linear unit, (B, L, H) -> (B, L, H)."""
 
+    statistics_need_tokens = False
     ssm_parameters = frozenset({"nu_log", "theta_log", "gamma_log", "B_re", "B_im", "C_re", "C_im", "D"})
 
     def __init__(self, config: LRUConfig, d_state: int) -> None:
@@ -83,11 +84,9 @@ class LRU(TruncatableLayer):
     def finish_statistics(self) -> LTISystem:
         eigenvalues_N = torch.exp(torch.complex(-self.nu_log.double().exp(), self.theta_log.double().exp()))
         gamma_N1 = self.gamma_log.double().exp().unsqueeze(-1)
-        return LTISystem(
-            eigenvalues_N,
-            torch.complex(self.B_re.double(), self.B_im.double()) * gamma_N1,
-            torch.complex(self.C_re.double(), self.C_im.double()),
-        )
+        B_NH = torch.complex(self.B_re.double(), self.B_im.double()) * gamma_N1
+        C_HN = torch.complex(self.C_re.double(), self.C_im.double())
+        return LTISystem(eigenvalues_N.cpu(), B_NH.cpu(), C_HN.cpu())
 
     def shrink(self, plan: LayerPlan, states: Mapping[str, ParameterState]) -> dict[str, ParameterState]:
         """The balanced, truncated and diagonal system in the LRU's own parameters.

@@ -37,6 +37,7 @@ class MambaConfig(BaseModel):
 class Mamba(TruncatableLayer):
     """Selective state-space mixer, (B, L, M) -> (B, L, M)."""
 
+    statistics_need_tokens = True
     ssm_parameters = frozenset({"A_log", "D", "dt_proj.bias"})
 
     def __init__(self, config: MambaConfig, d_state: int) -> None:
@@ -81,7 +82,7 @@ class Mamba(TruncatableLayer):
     def finish_statistics(self) -> SelectiveMoments:
         assert self._moments is not None, "start_statistics comes first"
         moments, self._moments = self._moments, None
-        return moments
+        return moments.from_vector(moments.to_vector().cpu())
 
     def shrink(self, plan: LayerPlan, states: Mapping[str, ParameterState]) -> dict[str, ParameterState]:
         """Keep the chosen states in all channels: columns of A_log, and their rows of x_proj for B and for C."""

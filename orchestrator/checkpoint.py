@@ -51,6 +51,7 @@ class Manifest(BaseModel):
     shards: list[Shard]
     truncations: list[dict[str, Any]]
     config: dict[str, Any]
+    data_sha256: str
     digest: str = ""
 
     def content_digest(self) -> str:
@@ -65,6 +66,7 @@ def save(
     state_dims: Sequence[int],
     truncations: Sequence[dict[str, Any]],
     config: dict[str, Any],
+    data_sha256: str,
     group: Group,
 ) -> Path:
     """Write the checkpoint of `step` below `folder`; collective. Returns its path, the same on every rank."""
@@ -93,10 +95,11 @@ def save(
             shards=[Shard(file=file, sha256=digest) for file, digest in zip(files, digests, strict=True)],
             truncations=list(truncations),
             config=config,
+            data_sha256=data_sha256,
         )
         manifest = manifest.model_copy(update={"digest": manifest.content_digest()})
         (partial / MANIFEST).write_text(manifest.model_dump_json(indent=1))
-        shutil.rmtree(final, ignore_errors=True)  # a resumed run writes the same steps again
+        shutil.rmtree(final, ignore_errors=True)  # without a manifest, or the run would have resumed from it
         os.rename(partial, final)
     group.barrier()
     return final
@@ -113,19 +116,19 @@ def verify(path: Path) -> Manifest:
     Raises:
         UserError: names the file that is missing or damaged.
     """
-    manifest = _read_manifest(path / MANIFEST)
+    manifest = read_manifest(path)
     for shard in manifest.shards:
         file = path / shard.file
         if not file.is_file():
             raise UserError(f"checkpoint shard {file} is missing")
         if _sha256(file) != shard.sha256:
-            raise UserError(f"checkpoint shard {file} is damaged: its checksum is not the manifest's")
+            raise UserError(f"checkpoint shard {file} is damaged; delete {path} to resume from the one before")
     return manifest
 
 
 def load(path: Path, group: Group) -> ShardedState:
     """This rank's share of a verified checkpoint, at any number of workers."""
-    manifest = _read_manifest(path / MANIFEST)
+    manifest = read_manifest(path)
     sizes = {name: math.prod(shape) for name, shape in manifest.shapes.items()}
     owners = assign_owners(sizes, group.size)
     state = ShardedState(owners, dict(manifest.shapes), {}, manifest.optimizer_step)
@@ -142,7 +145,13 @@ def load(path: Path, group: Group) -> ShardedState:
     return state
 
 
-def _read_manifest(path: Path) -> Manifest:
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the checkpoint in `folder`.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    path = folder / MANIFEST
     try:
         manifest = Manifest.model_validate_json(path.read_text())
     except OSError as error:

@@ -28,8 +28,11 @@ def _told_plainly(command: Callable[P, None]) -> Callable[P, None]:
         except (UserError, TrainingError) as error:
             print(f"rayduce: {error}", file=sys.stderr)
             sys.exit(2 if isinstance(error, UserError) else 1)
+        except OSError as error:
+            print(f"rayduce: {error.filename or 'files'}: {error.strerror or error}", file=sys.stderr)
+            sys.exit(2)
         except KeyboardInterrupt:
-            print("rayduce: interrupted; --resume continues from the last checkpoint", file=sys.stderr)
+            print("rayduce: interrupted; train --resume continues from the last checkpoint", file=sys.stderr)
             sys.exit(130)
 
     return run

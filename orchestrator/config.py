@@ -18,7 +18,6 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -26,14 +25,15 @@ from pydantic import (
 from compression.ranking import Target
 from compression.schedule import Steps, Window
 from models.registry import ModelConfig
-from orchestrator.data.sources import SOURCES, DataConfig, Digits, StdlibText, TextFiles
+from orchestrator.data.sources import DataConfig, Digits, StdlibText, TextFiles, absolute
 from orchestrator.errors import UserError
 
+Share = Annotated[float, Field(ge=0, lt=1)]
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class TrainConfig(_Part):
@@ -45,7 +45,7 @@ class TrainConfig(_Part):
     ssm_lr_factor: float = Field(1.0, gt=0, description="Learning rate of state-space parameters as a multiple.")
     warmup: float = Field(0.1, ge=0, le=1, description="Share of the steps with a rising learning rate.")
     min_lr_factor: float = Field(0.1, ge=0, le=1, description="Last learning rate as a share of the peak (cosine).")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="Adam's averaging coefficients.")
+    betas: tuple[Share, Share] = Field((0.9, 0.95), description="Adam's averaging coefficients.")
     weight_decay: float = Field(0.1, ge=0, description="Of weight matrices; never of state-space parameters.")
     grad_clip: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 for no clipping.")
     eval_every: int = Field(100, ge=1, description="Steps between evaluations on held-out data.")
@@ -95,7 +95,7 @@ class ClusterConfig(_Part):
     scan: Literal["auto", "torch", "cpu"] = Field(
         "auto", description="What computes recurrences: torch, or C++ on CPUs."
     )
-    timeout_s: float = Field(300, gt=0, description="How long workers wait for each other, in seconds.")
+    timeout_s: int = Field(300, ge=1, le=86400, description="How long workers wait for each other, in seconds.")
 
     @model_validator(mode="after")
     def _kernels_fit_the_device(self) -> ClusterConfig:
@@ -116,7 +116,7 @@ class RunConfig(_Part):
     """One training run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Folder of the run below storage.")
-    seed: int = Field(0, ge=0, description="Of initialisation and data order.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Of initialisation and data order.")
     storage: Path = Field(Path("runs"), description="Folder of all runs; on a cluster, one that all nodes see.")
     data_root: Path = Field(Path("data"), description="Folder of the prepared datasets.")
     data: DataConfig
@@ -129,15 +129,7 @@ class RunConfig(_Part):
     @field_validator("storage", "data_root")
     @classmethod
     def _absolute(cls, path: Path) -> Path:
-        # Workers run in another directory than the driver.
-        return path.expanduser().resolve()
-
-    @field_validator("data", mode="after")
-    @classmethod
-    def _absolute_text(cls, data: DataConfig, _info: ValidationInfo) -> DataConfig:
-        if isinstance(data, TextFiles):
-            return data.model_copy(update={"path": data.path.expanduser().resolve()})
-        return data
+        return absolute(path)
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
@@ -159,8 +151,8 @@ class RunConfig(_Part):
                 )
             if probes[0] < 1 or len(set(probes)) < len(probes):
                 raise ValueError(
-                    f"truncation.window.events {len(probes)} do not fit between steps 1 and {probes[-1]}, "
-                    "where the window ends"
+                    f"truncation.window has {len(probes)} events, too many for the {probes[-1]} steps it covers; "
+                    f"lower its events, raise its end, or raise train.steps {self.train.steps}"
                 )
         return self
 
@@ -180,7 +172,6 @@ class RunConfig(_Part):
 
 # A resumed run may differ from its checkpoint in these; anything else would make it another run.
 RESUMABLE = (
-    "name",
     "storage",
     "data_root",
     "cluster",
@@ -273,8 +264,10 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r} must look like key.sub=value, for example train.lr=0.001")
     *parents, last = key.split(".")
     for parent in parents:
-        raw = raw.setdefault(parent, {})
-        if raw is None or not isinstance(raw, dict):
+        if raw.get(parent) is None:
+            raw[parent] = {}
+        raw = raw[parent]
+        if not isinstance(raw, dict):
             raise UserError(f"override {override!r}: {parent} is a value, not a group of settings")
     try:
         raw[last] = yaml.safe_load(text)
@@ -287,7 +280,7 @@ def _sentence(error: ValidationError) -> str:
     # An unknown key often makes another one missing: the typing error explains both.
     found = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")[0]
     location = found["loc"]
-    key = ".".join(str(part) for part in location if part not in _UNION_TAGS)
+    key = ".".join(str(part) for i, part in enumerate(location) if not _is_tag(location, i))
     if found["type"] == "extra_forbidden":
         valid = _valid_keys(location[:-1])
         near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
@@ -296,6 +289,12 @@ def _sentence(error: ValidationError) -> str:
     if found["type"] == "missing":
         return f"{key} is required and not set"
     message = found["msg"].removeprefix("Value error, ")
+    if found["type"] in ("model_type", "model_attributes_type"):
+        return f"{key} is {found['input']!r}: it must be a group of settings"
+    if found["type"] == "path_type":
+        return f"{key} is {found['input']!r}: it must be a path"
+    if found["type"] == "string_pattern_mismatch":
+        return f"{key} is {found['input']!r}: it begins with a letter or digit and may hold those, '.', '_' and '-'"
     if found["type"] == "union_tag_not_found":
         tag = found["ctx"]["discriminator"].strip("'")
         return f"{key}.{tag} is required and not set"
@@ -308,15 +307,16 @@ def _sentence(error: ValidationError) -> str:
     return f"{key} is {found['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-# pydantic puts the chosen variant of a tagged union into the location, where no setting of that name is.
-_UNION_TAGS = {"mamba", "lru", *SOURCES}
+def _is_tag(location: Sequence[Any], index: int) -> bool:
+    """pydantic puts the chosen variant of a tagged union into the location, where no setting of that name is."""
+    return index == 1 and location[0] in ("model", "data")
 
 
 def _valid_keys(location: Sequence[Any]) -> list[str]:
     """Settings of the part at a location, which names the chosen variant behind a field that has variants."""
     models: list[type[BaseModel]] = [RunConfig]
-    for part in location:
-        if part in _UNION_TAGS:
+    for i, part in enumerate(location):
+        if _is_tag(location, i):
             models = [m for m in models if (part,) in (get_args(f.annotation) for f in m.model_fields.values())]
         else:
             models = [m for model in models for m in _models_in(model.model_fields[part].annotation)]

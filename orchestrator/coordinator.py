@@ -32,6 +32,7 @@ class _Meeting:
     """One probe's submissions, and the plan that all of them wait for."""
 
     plan: asyncio.Future[TruncationPlan]
+    closed: asyncio.Event = field(default_factory=asyncio.Event)
     present: set[int] = field(default_factory=set)
     statistics: dict[int, Statistics] = field(default_factory=dict)
 
@@ -76,20 +77,23 @@ class Coordinator:
         if step not in self._meetings:
             self._meetings[step] = _Meeting(asyncio.get_running_loop().create_future())
         meeting = self._meetings[step]
-        if rank not in meeting.present:
+        if rank not in meeting.present and not meeting.closed.is_set():
             meeting.present.add(rank)
             meeting.statistics.update(statistics)
-            if len(meeting.present) == self._workers and not meeting.plan.done():
-                await self._settle(meeting, attempt, step)
+            if len(meeting.present) == self._workers:
+                meeting.closed.set()
+                asyncio.get_running_loop().create_task(self._settle(meeting, attempt, step))
+        # The deadline is for those who are awaited, not for the computation.
         try:
-            return await asyncio.wait_for(asyncio.shield(meeting.plan), self._timeout_s)
+            await asyncio.wait_for(meeting.closed.wait(), self._timeout_s)
         except TimeoutError:
-            missing = sorted(set(range(self._workers)) - meeting.present)
-            reason = f"kept: rank {', '.join(map(str, missing))} did not submit within {self._timeout_s:g} s"
-            logger.warning("probe at step %d: %s", step, reason)
-            if not meeting.plan.done():
+            if not meeting.closed.is_set():
+                meeting.closed.set()
+                missing = ", ".join(map(str, sorted(set(range(self._workers)) - meeting.present)))
+                reason = f"kept: rank {missing} did not submit within {self._timeout_s:g} s"
+                logger.warning("probe at step %d: %s", step, reason)
                 meeting.plan.set_result(keep_everything(dims, step, attempt, self._event(step), reason))
-            return meeting.plan.result()
+        return await asyncio.shield(meeting.plan)
 
     async def _settle(self, meeting: _Meeting, attempt: int, step: int) -> None:
         assert self._target is not None
@@ -97,17 +101,15 @@ class Coordinator:
         statistics = [meeting.statistics[layer] for layer in range(len(self._initial_dims))]
         arguments = (statistics, self._target, self._initial_dims, step, attempt, event, len(self._probes))
         try:
-            plan = await asyncio.to_thread(plan_truncation, *arguments)
-        except ValueError as error:
+            meeting.plan.set_result(await asyncio.to_thread(plan_truncation, *arguments))
+        except Exception as error:  # noqa: BLE001 -- every waiting worker is to hear of it
             meeting.plan.set_exception(error)
-        else:
-            meeting.plan.set_result(plan)
 
     def _event(self, step: int) -> int:
         return self._probes.index(step) + 1
 
     async def publish(self, events: Sequence[Event]) -> None:
-        """Leave events for the driver, in order."""
+        """Leave events for the driver. A sender that waits for this keeps them in order."""
         self._events.extend(events)
 
     async def drain(self) -> list[Event]:

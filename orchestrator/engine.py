@@ -36,7 +36,7 @@ def learning_rate(step: int, train: TrainConfig) -> float:
 
 
 class Engine:
-    """One model under ZeRO on this worker. All methods but `step` count on every worker calling them."""
+    """One model under ZeRO on this worker. Every method but `checksum` counts on all workers calling it."""
 
     def __init__(self, config: RunConfig, task: Task, state_dims: Sequence[int], group: Group) -> None:
         self._config = config
@@ -77,11 +77,13 @@ class Engine:
     @torch.no_grad()
     def statistics(self, batches: Iterable[Batch]) -> list[Statistics]:
         """What every layer contributes at a probe, from this worker's rows and the present weights."""
-        for mixer in self._model.mixers():
+        mixers = self._model.mixers()
+        for mixer in mixers:
             mixer.start_statistics()
-        for batch in batches:
-            self._engine(batch.inputs.to(self._group.device))
-        return [mixer.finish_statistics() for mixer in self._model.mixers()]
+        if any(mixer.statistics_need_tokens for mixer in mixers):
+            for batch in batches:
+                self._engine(batch.inputs.to(self._group.device))
+        return [mixer.finish_statistics() for mixer in mixers]
 
     def reshape(self, plan: TruncationPlan) -> None:
         """Apply a plan to masters, moments and model; the engine is built again around the smaller model."""

@@ -11,7 +11,9 @@ from typing import Any
 import ray
 
 from orchestrator.config import RunConfig
+from orchestrator.errors import TrainingError
 from orchestrator.events import CutRecord, Event, Measured, Probed, Saved, Started
+from orchestrator.run_folder import plan_path
 from orchestrator.terminal import Terminal, count, dims, duration
 from orchestrator.tracking import Tracker
 
@@ -25,6 +27,8 @@ class Follower:
         self.cuts: list[CutRecord] = []
         self.checkpoint: str | None = None
         self.step = 0
+        self.failure: Exception | None = None
+        """What ended the recording, if anything did; nobody would read the rest of the training."""
         self._config = config
         self._folder = folder
         self._coordinator = coordinator
@@ -44,9 +48,14 @@ class Follower:
         self._terminal.finish()
 
     def _follow(self) -> None:
-        while not self._stop.wait(POLL_S):
+        try:
+            while not self._stop.wait(POLL_S):
+                self._take()
             self._take()
-        self._take()
+        except OSError as error:
+            self.failure = TrainingError(f"the run cannot be recorded in {self._folder}: {error.strerror or error}")
+        except Exception as error:  # noqa: BLE001 -- handed to the main thread, which raises it
+            self.failure = error
 
     def _take(self) -> None:
         events: list[Event] = ray.get(self._coordinator.drain.remote())
@@ -70,9 +79,7 @@ class Follower:
                 if "d_state_00" in metrics:
                     self._dims = [value for key, value in sorted(metrics.items()) if key.startswith("d_state_")]
             case Probed(plan, cut):
-                path = self._folder / "plans" / f"step-{plan.step:08d}-attempt-{plan.attempt}.json"
-                path.write_text(plan.to_json() + "\n")
-                self._tracker.artifact(path, "plans")
+                self._tracker.artifact(plan_path(self._folder, plan), "plans")
                 if cut is None:
                     reasons = "; ".join(sorted({layer.reason for layer in plan.layers}))
                     self._terminal.line(f"probe at step {plan.step}: nothing cut ({reasons})")

@@ -20,6 +20,7 @@ from orchestrator.data.sources import prepare
 from orchestrator.engine import Engine, learning_rate
 from orchestrator.events import CutRecord, Event, Job, Measured, Probed, Saved, Started
 from orchestrator.group import Group
+from orchestrator.run_folder import write_plan
 
 
 def train_worker(job: Job) -> None:
@@ -37,19 +38,21 @@ class Worker:
         context = ray.train.get_context()
         torch.set_num_threads(config.cluster.cpus_per_worker)
         backends.force(config.cluster.scan)
-        self.group = Group(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+        device = ray.train.torch.get_device() if config.cluster.use_gpu else torch.device("cpu")
+        self.group = Group(context.get_world_rank(), context.get_world_size(), device)
         self.attempt = self._begin_attempt()
 
         self.data = prepare(config.data, config.data_root)
         description = arrow.describe(self.data)
-        self.group.prove_equal("the training data", description.sha256["train"])
+        self.data_sha256 = description.sha256["train"]
+        self.group.prove_equal("the training data", self.data_sha256)
         self.batches = TrainBatches(
             self.data, config.seq_len, config.train.batch_size, config.seed, self.group.rank, self.group.size
         )
         self.step = 0
         self.truncations: list[CutRecord] = []
         self.engine = self._restore(job.resume_from, description.task)
-        self.pending: list[tuple[int, torch.Tensor, dict[str, float]]] = []
+        self.pending: list[tuple[int, torch.Tensor, float]] = []  # step, loss, seconds
 
     def run(self) -> None:
         config = self.config
@@ -63,7 +66,7 @@ class Worker:
             if probe or evaluate or step % train.log_every == 0:
                 self._report_losses()
             cut = probe and self._probe()
-            if evaluate:
+            if evaluate and not cut:
                 self._measure(self._evaluate())
             if last or cut or step % train.checkpoint_every == 0:
                 self._save()
@@ -80,7 +83,7 @@ class Worker:
         config = self.config
         if path is None:
             return Engine(config, task, [config.model.d_state] * config.model.n_layers, self.group)
-        manifest = checkpoint.verify(path)
+        manifest = checkpoint.read_manifest(path)  # the driver has verified the checkpoint
         engine = Engine(config, task, manifest.state_dims, self.group)
         engine.load(checkpoint.load(path, self.group))
         self.step = manifest.step
@@ -90,23 +93,27 @@ class Worker:
     def _train_step(self) -> None:
         started = time.perf_counter()
         loss = self.engine.step(self.batches.at(self.step), self.step)
-        seconds = time.perf_counter() - started
-        metrics = {
-            "learning_rate": learning_rate(self.step, self.config.train),
-            "step_ms": 1000 * seconds,
-            "tokens_per_s": self.batches.tokens_per_step / seconds,
-        }
-        self.pending.append((self.step, loss, metrics))
+        self.pending.append((self.step, loss, time.perf_counter() - started))
 
     def _report_losses(self) -> None:
         """One reduction for all losses since the last report, because each costs a round trip."""
+        started = time.perf_counter()
         losses = self.group.mean([loss for _, loss, _ in self.pending])
-        self._publish(
-            [
-                Measured(step, {"train_loss": loss} | metrics)
-                for loss, (step, _, metrics) in zip(losses, self.pending, strict=True)
-            ]
-        )
+        times = [seconds for _, _, seconds in self.pending]
+        if self.group.device.type == "cuda":
+            # A step there only launches work, which the reduction has waited for: share the time out evenly.
+            total = sum(times) + time.perf_counter() - started
+            times = [total / len(times)] * len(times)
+        events: list[Event] = []
+        for loss, seconds, (step, _, _) in zip(losses, times, self.pending, strict=True):
+            metrics = {
+                "train_loss": loss,
+                "learning_rate": learning_rate(step, self.config.train),
+                "step_ms": 1000 * seconds,
+                "tokens_per_s": self.batches.tokens_per_step / seconds,
+            }
+            events.append(Measured(step, metrics))
+        self._publish(events)
         self.pending.clear()
 
     def _probe(self) -> bool:
@@ -116,28 +123,30 @@ class Worker:
         statistics = self.engine.statistics(self.batches.at(step) for step in steps)
         plan = coordinate(self.coordinator, self.attempt, self.step, statistics, self.group)
         seconds = time.perf_counter() - started
+        if self.group.rank == 0:
+            write_plan(self.folder, plan)
         if not plan.truncates:
             self._publish([Probed(plan, None)])
             return False
 
-        before = self._evaluate()["val_loss"]
+        before = self._evaluate()
         started = time.perf_counter()
         self.engine.reshape(plan)
         self.group.prove_equal(f"the parameters after the cut at step {self.step}", self.engine.checksum())
         seconds += time.perf_counter() - started
-        after = self._evaluate()["val_loss"]
-        self._measure({"val_loss": after, "val_loss_before": before, "val_loss_after": after})
+        after = self._evaluate()
+        around = {"val_loss_before": before["val_loss"], "val_loss_after": after["val_loss"]}
+        self._measure(after | around)
 
         mass_kept = [layer.mass_kept for layer in plan.layers]
         record = CutRecord(
-            self.step,
-            list(plan.dims_before),
-            list(plan.dims_after),
-            mass_kept,
-            seconds,
-            plan.digest,
-            before,
-            after,
+            step=self.step,
+            dims_before=list(plan.dims_before),
+            dims_after=list(plan.dims_after),
+            mass_kept=mass_kept,
+            seconds=seconds,
+            digest=plan.digest,
+            **around,
         )
         self.truncations.append(record)
         self._publish([Probed(plan, record)])
@@ -174,10 +183,12 @@ class Worker:
             self.engine.state_dims,
             [record.as_dict() for record in self.truncations],
             self.config.model_dump(mode="json"),
+            self.data_sha256,
             self.group,
         )
         self._publish([Saved(self.step, str(path))])
 
     def _publish(self, events: list[Event]) -> None:
         if self.group.rank == 0:
-            self.coordinator.publish.remote(events)
+            # Waiting keeps the events in order, and a coordinator that died does not go unnoticed.
+            ray.get(self.coordinator.publish.remote(events))

@@ -26,11 +26,18 @@ def ray_cluster(config: RunConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # the log should hold whole tracebacks
     ours = not ray.is_initialized()
     if ours:
+        address = os.environ.get("RAY_ADDRESS", "local")
+        if address.startswith("ray://"):
+            raise UserError(f"RAY_ADDRESS {address} is for Ray Client; use ray job submit, or HOST:PORT of the cluster")
         # Ray itself would try for minutes.
-        address = os.environ.get("RAY_ADDRESS", "")
         if failure := why_unreachable(address):
             raise UserError(f"RAY_ADDRESS {address} cannot be reached ({failure}); unset it to train on this machine")
-        ray.init(include_dashboard=False, logging_level=logging.WARNING)
+        try:
+            ray.init(address, include_dashboard=False, logging_level=logging.WARNING)
+        except ConnectionError as error:
+            raise UserError(
+                f"RAY_ADDRESS {address}: no Ray cluster answers; unset it to train on this machine"
+            ) from error
     try:
         _check_resources(config)
         yield

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compression.truncation import TruncationPlan
 from orchestrator.errors import UserError
 
 Json = dict[str, Any]
@@ -47,7 +48,7 @@ def read_run(folder: Path) -> Recorded:
         cuts = [_cut(plan, measured.get(plan["step"], {})) for plan in plans]
         cuts = [cut for cut in cuts if cut["dims_before"] != cut["dims_after"]]
     config = folder / "config.yaml"
-    text = config.read_text(encoding="utf-8") if config.is_file() else ""
+    text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
     return Recorded(rows, plans, cuts, summary, text)
 
 
@@ -77,6 +78,18 @@ def read_metrics(folder: Path) -> list[Json]:
     if not rows:
         raise UserError(f"{path} holds no complete row: expected one JSON object a line")
     return [rows[step] for step in sorted(rows)]
+
+
+def write_plan(folder: Path, plan: TruncationPlan) -> None:
+    """Write a plan into its run's folder, complete or not at all."""
+    path = plan_path(folder, plan)
+    partial = path.with_suffix(".partial")
+    partial.write_text(plan.to_json() + "\n")
+    partial.rename(path)
+
+
+def plan_path(folder: Path, plan: TruncationPlan) -> Path:
+    return folder / "plans" / f"step-{plan.step:08d}-attempt-{plan.attempt}.json"
 
 
 def _load(path: Path, *keys: str) -> Json:

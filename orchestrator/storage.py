@@ -43,7 +43,7 @@ def new_run(config: RunConfig) -> Path:
 
 
 def earlier_run(config: RunConfig) -> Earlier:
-    """The newest run of this name.
+    """The newest run of this name that has a complete checkpoint.
 
     Raises:
         UserError: there is none, its checkpoint is missing or damaged, it is finished, or its config differs.
@@ -52,16 +52,24 @@ def earlier_run(config: RunConfig) -> Earlier:
     found = [
         (int(match[1] or 1), path)
         for path in (config.storage.iterdir() if config.storage.is_dir() else ())
-        if (match := pattern.fullmatch(path.name)) and (path / "config.yaml").is_file()
+        if (match := pattern.fullmatch(path.name)) and _name_in(path / "config.yaml") == config.name
     ]
     if not found:
         raise UserError(f"there is no run {config.name} in storage {config.storage} to resume")
-    folder = max(found)[1]
-    path = newest(folder / "checkpoints")
-    if path is None:
-        raise UserError(f"run {folder} has no complete checkpoint to resume from; start it again without --resume")
+    complete = [(number, folder, path) for number, folder in found if (path := newest(folder / "checkpoints"))]
+    if not complete:
+        raise UserError(f"run {max(found)[1]} has no complete checkpoint; start it again without --resume")
+    _, folder, path = max(complete)
     manifest = verify(path)
     refuse_other_run(config, manifest.config)
-    if manifest.step >= config.train.steps:
+    if manifest.step >= config.train.steps and (folder / "summary.json").exists():
         raise UserError(f"run {folder} is finished: its last checkpoint is of step {manifest.step}")
     return Earlier(folder, path, manifest)
+
+
+def _name_in(config: Path) -> str | None:
+    """NAME-2 may be the second run of NAME, or the first of a config that is called so."""
+    if not config.is_file():
+        return None
+    found = re.search(r"^name: (\S+)$", config.read_text(), re.MULTILINE)
+    return found[1] if found else None

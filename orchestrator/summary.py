@@ -36,7 +36,7 @@ def write_summary(
     initial = [config.model.d_state] * config.model.n_layers
     held_out = [row for row in rows if "val_loss" in row]
     summary = {
-        "name": config.name,
+        "name": folder.name,
         "model": config.model.kind,
         "workers": config.cluster.workers,
         "zero_stage": config.cluster.zero_stage,

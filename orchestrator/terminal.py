@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,40 +18,43 @@ PLAIN_EVERY = 10.0
 
 
 class Terminal:
-    """Lines for a person, and below them one progress line that is rewritten in place."""
+    """Lines for a person, and below them one progress line that is rewritten in place. Any thread may write."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._live = stream.isatty()
         self._width = 0
         self._last_plain = -PLAIN_EVERY
+        self._lock = threading.Lock()
 
     def line(self, text: str) -> None:
         """A line that stays."""
-        self._write(self._erase() + text + "\n")
+        with self._lock:
+            self._write(text + "\n")
 
     def progress(self, text: str) -> None:
         """The current state; replaces the previous one on a terminal, appears now and then elsewhere."""
-        if self._live:
-            columns = os.get_terminal_size(self._stream.fileno()).columns
-            text = text[: columns - 1]
-            self._write(self._erase() + text)
-            self._width = len(text)
-        elif time.monotonic() - self._last_plain >= PLAIN_EVERY:
-            self._last_plain = time.monotonic()
-            self._write(text + "\n")
+        with self._lock:
+            if self._live:
+                text = text[: os.get_terminal_size(self._stream.fileno()).columns - 1]
+                self._write(text)
+                self._width = len(text)
+            elif time.monotonic() - self._last_plain >= PLAIN_EVERY:
+                self._last_plain = time.monotonic()
+                self._write(text + "\n")
 
     def finish(self) -> None:
         """Take the progress line away."""
-        self._write(self._erase())
-
-    def _erase(self) -> str:
-        width, self._width = self._width, 0
-        return "\r" + " " * width + "\r" if width else ""
+        with self._lock:
+            self._write("")
 
     def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        """Write over the progress line. A reader that has gone (`rayduce train … | head`) does not end the run."""
+        erase = "\r" + " " * self._width + "\r" if self._width else ""
+        self._width = 0
+        with contextlib.suppress(BrokenPipeError):
+            self._stream.write(erase + text)
+            self._stream.flush()
 
 
 @contextmanager

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import queue
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from orchestrator.config import RunConfig, flatten
-
-# A server that does not answer within these limits is given up: MLflow's own are minutes long.
-_MLFLOW_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-# Keeps the id of the MLflow run, so that a resumed training continues it.
-MLFLOW_RUN = "mlflow.json"
-CLOSE_TIMEOUT_S = 60.0
-_BATCH_S = 2.0
+from orchestrator.config import RunConfig
+from orchestrator.mlflow_tracker import MlflowTracker, mlflow_tracker
 
 
 class Tracker(Protocol):
@@ -77,130 +70,29 @@ class CompositeTracker:
             tracker.close(status)
 
 
-class MlflowTracker:
-    """One MLflow run, written by a thread of its own, so that a slow or dead server never holds up the training.
+class RunTracker(CompositeTracker):
+    """What a run is tracked by: its folder, and MLflow where the config wants it."""
 
-    The first failure is reported through `warn`, and nothing is sent any more.
-    """
+    def __init__(self, folder: Path, mlflow: MlflowTracker | None) -> None:
+        trackers: list[Tracker] = [JsonlTracker(folder / "metrics.jsonl")]
+        super().__init__([*trackers, mlflow] if mlflow else trackers)
+        self._mlflow = mlflow
 
-    def __init__(
-        self,
-        uri: str,
-        experiment: str,
-        artifacts: Path,
-        run_name: str,
-        params: Mapping[str, Any],
-        memory: Path,
-        warn: Callable[[str], None],
-    ) -> None:
-        """`memory` is a file that keeps the MLflow run's id, so that a resumed run continues the same one.
-
-        `artifacts` is where files go when `uri` is a database.
-        """
-        self.uri = uri
-        self.run_id: str | None = None
-        self._memory = memory
-        self._warn = warn
-        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
-        self._metrics: list[tuple[str, float, int, int]] = []
-        self._lock = threading.Lock()
-        self._jobs.put(lambda: self._connect(experiment, artifacts, run_name, params))
-        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
-        self._thread.start()
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        now = int(time.time() * 1000)
-        with self._lock:
-            self._metrics.extend((key, value, now, step) for key, value in metrics.items())
-
-    def artifact(self, path: Path, folder: str = "") -> None:
-        self._jobs.put(lambda: self._client.log_artifact(self._connected_run(), str(path), folder or None))
-
-    def close(self, status: str) -> None:
-        self._jobs.put(self._send_metrics)
-        self._jobs.put(lambda: self._client.set_terminated(self._connected_run(), status=status))
-        self._jobs.put(None)
-        self._thread.join(CLOSE_TIMEOUT_S)
-        if self._thread.is_alive():
-            self._warn(f"MLflow at {self.uri} did not take everything within {CLOSE_TIMEOUT_S:g} s")
-
-    def _work(self) -> None:
-        try:
-            while True:
-                try:
-                    job = self._jobs.get(timeout=_BATCH_S)
-                except queue.Empty:
-                    job = self._send_metrics
-                if job is None:
-                    return
-                job()
-        except Exception as error:  # noqa: BLE001 -- whatever a server or database fails with, the run goes on
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            self._warn(
-                f"MLflow at {self.uri} failed, so nothing more is sent there; metrics.jsonl has everything "
-                f"({reason[0][:200]})"
-            )
-
-    def _connect(self, experiment: str, artifacts: Path, run_name: str, params: Mapping[str, Any]) -> None:
-        for name, limit in _MLFLOW_LIMITS.items():
-            os.environ.setdefault(name, limit)
-        import mlflow  # reads the limits when it is imported, and takes seconds
-        from mlflow.entities import Param
-
-        self._client = mlflow.MlflowClient(tracking_uri=self.uri)
-        if self._memory.exists():
-            self.run_id = json.loads(self._memory.read_text())["run_id"]
-            self._client.update_run(self.run_id, status="RUNNING")
-            return
-        found = self._client.get_experiment_by_name(experiment)
-        if found is None:
-            location = artifacts.as_uri() if self.uri.startswith("sqlite:") else None
-            experiment_id = self._client.create_experiment(experiment, artifact_location=location)
-        else:
-            experiment_id = found.experiment_id
-        self.run_id = self._client.create_run(experiment_id, run_name=run_name).info.run_id
-        self._memory.write_text(json.dumps({"uri": self.uri, "run_id": self.run_id}) + "\n")
-        pairs = [Param(key, str(value)) for key, value in params.items()]
-        for first in range(0, len(pairs), 100):  # MLflow's limit a call
-            self._client.log_batch(self.run_id, params=pairs[first : first + 100])
-
-    def _connected_run(self) -> str:
-        assert self.run_id is not None, "connecting is the first job"
-        return self.run_id
-
-    def _send_metrics(self) -> None:
-        from mlflow.entities import Metric
-
-        with self._lock:
-            metrics, self._metrics = self._metrics, []
-        for first in range(0, len(metrics), 1000):  # MLflow's limit a call
-            batch = [Metric(*metric) for metric in metrics[first : first + 1000]]
-            self._client.log_batch(self._connected_run(), metrics=batch)
+    @property
+    def mlflow_run_id(self) -> str | None:
+        return self._mlflow.run_id if self._mlflow else None
 
 
-def _mlflow_uri(config: RunConfig) -> str:
-    """The configured server, else MLflow's own environment variable, else SQLite beside the runs."""
-    from_environment = os.environ.get("MLFLOW_TRACKING_URI")
-    return config.tracking.mlflow_uri or from_environment or f"sqlite:///{config.storage / 'mlflow.db'}"
-
-
-def mlflow_command(config: RunConfig) -> str:
-    """What opens MLflow for a person: a command, or the server's address."""
-    uri = _mlflow_uri(config)
-    return f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else uri
-
-
-def mlflow_tracker(config: RunConfig, folder: Path, warn: Callable[[str], None]) -> MlflowTracker | None:
-    """The MLflow run of the training in `folder`; None where the config wants none."""
-    if not config.tracking.mlflow:
-        return None
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a run needs no network
-    return MlflowTracker(
-        _mlflow_uri(config),
-        config.tracking.experiment,
-        config.storage / "mlartifacts",
-        folder.name,
-        dict(flatten(config.model_dump(mode="json"))),
-        folder / MLFLOW_RUN,
-        warn,
-    )
+@contextmanager
+def tracking(config: RunConfig, folder: Path, warn: Callable[[str], None]) -> Iterator[RunTracker]:
+    """Track a run for the duration of the block; how the block ends is the run's status."""
+    tracker = RunTracker(folder, mlflow_tracker(config, folder, warn))
+    status = "FAILED"
+    try:
+        yield tracker
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.close(status)

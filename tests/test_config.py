@@ -42,7 +42,16 @@ def test_shipped_configs_are_valid_and_survive_their_own_yaml(path: Path) -> Non
         ("truncation.window={events: 2}", ["window or steps, not both"]),
         ("cluster.workers=3", ["train.batch_size 4", "multiple of cluster.workers 3"]),
         ("cluster.zero_stage=7", ["cluster.zero_stage", "7", "1 or 2"]),
-        ("name=../elsewhere", ["name", "'../elsewhere'"]),
+        ("name=../elsewhere", ["name", "'../elsewhere'", "begins with a letter or digit"]),
+        ("seed=-1", ["seed", "-1", "greater than or equal to 0"]),
+        ("seed=100000000000000000000", ["seed", "less than 9223372036854775808"]),
+        ("train.lr=.inf", ["train.lr", "inf", "finite"]),
+        ("train.betas=[0.9, 1.5]", ["train.betas.1", "1.5", "less than 1"]),
+        ("storage=~nobody-by-this-name/runs", ["storage", "unknown user"]),
+        ("model.lru=1", ["unknown key model.lru"]),
+        ("data.text=foo", ["unknown key data.text", "source, path, seq_len"]),
+        ("truncation.target=small", ["truncation.target", "'small'", "group of settings"]),
+        ("cluster={use_gpu: true, scan: cpu}", ["cluster", "scan cpu needs use_gpu false"]),
         ("train.steps.x=1", ["train.steps.x=1", "steps is a value"]),
         ("steps", ["'steps'", "key.sub=value"]),
         ("train.lr=[", ["train.lr=[", "not a YAML value"]),
@@ -62,8 +71,16 @@ def test_one_sentence_names_the_setting(
 
 def test_a_window_too_small_for_its_events_is_refused(small_run: dict[str, Any]) -> None:
     small_run["truncation"] = {"target": {"dim": 4}, "window": {"events": 4, "end": 0.2}}
-    with pytest.raises(UserError, match=r"truncation\.window\.events 4 do not fit"):
+    with pytest.raises(UserError, match=r"truncation\.window has 4 events, too many for the 2 steps"):
         parse_config(small_run)
+
+
+def test_an_override_reaches_into_a_part_that_is_null(small_run: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(small_run | {"truncation": None}))
+    truncation = load_config(path, ["truncation.target.dim=3", "train.steps=100"]).truncation
+    assert truncation is not None
+    assert truncation.target.dim == 3
 
 
 @pytest.mark.parametrize("content", ["", "just words", "a: [1", "\x00"])

@@ -30,7 +30,11 @@ def moments(seed: int) -> SelectiveMoments:
 
 @pytest.fixture
 def submit(local_ray: None) -> Callable[..., Any]:
-    actor = ray.remote(Coordinator).options(num_cpus=0).remote(Target(dim=3), 8, 2, [STEP], 2.0)
+    return submitter(timeout_s=60)
+
+
+def submitter(timeout_s: float) -> Callable[..., Any]:
+    actor = ray.remote(Coordinator).options(num_cpus=0).remote(Target(dim=3), 8, 2, [STEP], timeout_s)
     assert ray.get(actor.begin_attempt.remote(WORKERS)) == 1
 
     def ask(rank: int, attempt: int = 1, part: SelectiveMoments | None = None) -> Any:
@@ -62,8 +66,9 @@ def test_a_straggler_of_a_dead_attempt_is_refused(submit: Callable[..., Any]) ->
     assert plan.attempt == 2
 
 
-def test_a_missing_worker_turns_the_probe_into_keep(submit: Callable[..., Any]) -> None:
-    plan = ray.get(submit(0), timeout=10)
+def test_a_missing_worker_turns_the_probe_into_keep(local_ray: None) -> None:
+    submit = submitter(timeout_s=2)
+    plan = ray.get(submit(0), timeout=60)
     assert not plan.truncates
     assert "rank 1 did not submit within 2 s" in plan.layers[0].reason
     late = ray.get(submit(1))  # comes after the decision, and hears the same

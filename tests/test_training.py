@@ -26,12 +26,13 @@ from compression.truncation import StateSelection, TruncationPlan
 from models.heads import SequenceModel
 from models.registry import LanguageTask, build_model
 from orchestrator import checkpoint, launch
-from orchestrator.config import RunConfig, parse_config
+from orchestrator.config import RunConfig, TrackingConfig, parse_config
 from orchestrator.data.batches import TrainBatches
-from orchestrator.data.sources import prepare
+from orchestrator.data.sources import TextFiles, prepare
 from orchestrator.errors import TrainingError, UserError
+from orchestrator.mlflow_tracker import MLFLOW_RUN
 from orchestrator.run_folder import read_metrics
-from orchestrator.tracking import MLFLOW_RUN
+from orchestrator.storage import earlier_run, new_run
 
 pytestmark = pytest.mark.cluster
 Finished = tuple[RunConfig, Path, str]
@@ -218,8 +219,8 @@ def interrupted(finished: Finished, storage: Path, after: int) -> Path:
 def test_resuming_equals_never_having_stopped(finished: Finished, local_ray: None, tmp_path: Path) -> None:
     config, folder, _ = finished
     resumed = interrupted(finished, tmp_path, after=5)
-    config = config.model_copy(update={"storage": tmp_path, "tracking": config.tracking})
-    shutil.copy(folder.parent / "mlflow.db", tmp_path / "mlflow.db")
+    same_server = TrackingConfig(mlflow_uri=f"sqlite:///{config.storage / 'mlflow.db'}")
+    config = config.model_copy(update={"storage": tmp_path, "tracking": same_server})
     summary = launch.train(config, resume=True)
     assert losses(resumed) == losses(folder)  # bit by bit, the cut at step 7 included
     assert [plan.dims_after for plan in plans(resumed)] == [(8, 8), (4, 4)]
@@ -250,9 +251,35 @@ def test_what_cannot_be_resumed_is_refused_by_name(finished: Finished, tmp_path:
     manifest.write_text(manifest.read_text().replace('"step": 5', '"step": 6', 1))
     with pytest.raises(UserError, match=r"manifest\.json is damaged"):
         launch.train(config, resume=True)
-    shutil.rmtree(folder / "checkpoints")
+    complete = folder / "checkpoints" / "step-00000003"
+    complete.rename(complete.with_name("step-00000003.partial"))
+    shutil.rmtree(folder / "checkpoints" / "step-00000005")
     with pytest.raises(UserError, match="no complete checkpoint"):
         launch.train(config, resume=True)
+
+
+def test_resuming_refuses_other_data(finished: Finished, tmp_path: Path) -> None:
+    config, _, _ = finished
+    interrupted(finished, tmp_path / "runs", after=5)
+    assert isinstance(config.data, TextFiles)
+    text = config.data.path.read_bytes()
+    config.data.path.write_bytes(text + b"another page")
+    try:
+        with pytest.raises(UserError, match="is not what it was trained on"):
+            launch.train(config.model_copy(update={"storage": tmp_path / "runs"}), resume=True)
+    finally:
+        config.data.path.write_bytes(text)
+
+
+def test_every_run_has_a_folder_of_its_own_and_the_newest_is_resumed(finished: Finished, tmp_path: Path) -> None:
+    config, _, _ = finished
+    config = config.model_copy(update={"storage": tmp_path})
+    first = interrupted(finished, tmp_path, after=5)
+    assert new_run(config) == tmp_path / "small-2"  # and never got as far as a checkpoint
+    assert earlier_run(config).folder == first
+    other = config.model_copy(update={"name": "small-2"})
+    with pytest.raises(UserError, match="no run small-2"):
+        earlier_run(other)
 
 
 @pytest.fixture
@@ -269,11 +296,12 @@ def mlflow_server(tmp_path: Path) -> Iterator[tuple[str, int]]:
         stderr=subprocess.DEVNULL,
         start_new_session=True,  # it has children, which are to die with it
     )
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
+    deadline = time.monotonic() + 120
+    while True:
         with socket.socket() as client:
             if client.connect_ex(("127.0.0.1", port)) == 0:
                 break
+        assert time.monotonic() < deadline, "the MLflow server does not start"
         time.sleep(0.2)
     yield f"http://127.0.0.1:{port}", server.pid
     with contextlib.suppress(ProcessLookupError):  # the test has killed it
@@ -291,13 +319,21 @@ def test_the_run_outlives_its_mlflow_server(
     small_run["tracking"] = {"mlflow_uri": uri}
     folder = Path(small_run["storage"]) / "small"
 
+    ended = threading.Event()
+    killed = threading.Event()
+
     def kill_when_known() -> None:
-        while not (folder / MLFLOW_RUN).exists():
-            time.sleep(0.05)
+        while not (folder / MLFLOW_RUN).exists() and not ended.wait(0.05):
+            pass
         os.killpg(server, signal.SIGKILL)
+        killed.set()
 
     threading.Thread(target=kill_when_known, daemon=True).start()
-    summary = launch.train(parse_config(small_run))
+    try:
+        summary = launch.train(parse_config(small_run))
+        assert killed.is_set(), "the server outlived the run"
+    finally:
+        ended.set()
     assert summary["final_dims"] == [4, 4]
     assert set(losses(folder)) == set(range(1, 13))
     assert capfd.readouterr().out.count("MLflow at http://") == 1
@@ -310,6 +346,7 @@ def test_more_workers_than_cores_are_refused(small_run: dict[str, Any], local_ra
     small_run["cluster"] = {"workers": 1, "use_gpu": True}
     with pytest.raises(UserError, match=r"cluster\.workers 1 need 1 GPUs \(1 each\), but the cluster has 0"):
         launch.train(parse_config(small_run))
+    assert list(Path(small_run["storage"]).iterdir()) == []  # nothing was started, nothing is left
 
 
 def test_diverged_training_fails_in_one_sentence(small_run: dict[str, Any], local_ray: None) -> None:

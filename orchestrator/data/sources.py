@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from orchestrator.data import arrow
 from orchestrator.errors import UserError
@@ -18,6 +18,18 @@ from orchestrator.errors import UserError
 # Every n-th block of text is held out: both splits then come from all over the corpus.
 VAL_EVERY = 20
 BLOCK = 16_384
+
+
+def absolute(path: Path) -> Path:
+    """The path from the root: workers run in another directory than the driver.
+
+    Raises:
+        ValueError: it begins with the home of a user who does not exist.
+    """
+    try:
+        return path.expanduser().resolve()
+    except RuntimeError as error:
+        raise ValueError(f"{path} names the home of an unknown user") from error
 
 
 class _Source(BaseModel):
@@ -48,6 +60,11 @@ class TextFiles(_Source):
     path: Path = Field(description="A file or a folder.")
     seq_len: int = Field(256, ge=1, description="Tokens per sequence.")
 
+    @field_validator("path")
+    @classmethod
+    def _absolute(cls, path: Path) -> Path:
+        return absolute(path)
+
     @property
     def dataset_name(self) -> str:
         """Changes with the files' names, sizes and times, so that new text is not mistaken for the old."""
@@ -55,13 +72,12 @@ class TextFiles(_Source):
         return f"text-{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
 
     def _files(self) -> list[Path]:
-        path = self.path.expanduser()
-        if not path.exists():
-            raise UserError(f"data.path {path} does not exist")
-        return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+        if not self.path.exists():
+            raise UserError(f"data.path {self.path} does not exist")
+        return [self.path] if self.path.is_file() else sorted(p for p in self.path.rglob("*") if p.is_file())
 
     def prepare(self, folder: Path) -> None:
-        _write_text(folder, self._files(), self.path.expanduser(), str(self.path))
+        _write_text(folder, self._files(), self.path, str(self.path))
 
 
 class Digits(_Source):

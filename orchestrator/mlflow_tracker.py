@@ -1,0 +1,183 @@
+"""MLflow: one run per training, written by a thread of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import shlex
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config import RunConfig, flatten
+
+# Keeps the id of the MLflow run, so that a resumed training continues it.
+MLFLOW_RUN = "mlflow.json"
+# A server that does not answer within these limits is given up: MLflow's own are minutes long.
+_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+PATIENCE_S = 60.0
+_BATCH_S = 2.0
+
+
+class MlflowTracker:
+    """A tracker that a slow or dead server never holds up.
+
+    The first failure is reported through `warn`, and nothing is sent any more.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        experiment: str,
+        artifacts: Path,
+        run_name: str,
+        params: Mapping[str, Any],
+        memory: Path,
+        warn: Callable[[str], None],
+    ) -> None:
+        """`memory` is a file that keeps the MLflow run's id, so that a resumed run continues the same one.
+
+        `artifacts` is where files go when `uri` is a database.
+        """
+        self.uri = uri
+        self._run_id: str | None = None
+        self._connected = threading.Event()
+        self._dead = False
+        self._memory = memory
+        self._warn = warn
+        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._metrics: list[tuple[str, float, int, int]] = []
+        self._lock = threading.Lock()
+        self._jobs.put(lambda: self._connect(experiment, artifacts, run_name, params))
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._thread.start()
+
+    @property
+    def run_id(self) -> str | None:
+        """The run's id, once it is known; None where MLflow cannot be reached."""
+        self._connected.wait(PATIENCE_S)
+        return self._run_id
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        now = int(time.time() * 1000)
+        with self._lock:
+            if not self._dead:
+                self._metrics.extend((key, value, now, step) for key, value in metrics.items())
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        self._jobs.put(lambda: self._client.log_artifact(self._connected_run(), str(path), folder or None))
+
+    def close(self, status: str) -> None:
+        self._jobs.put(self._send_metrics)
+        self._jobs.put(lambda: self._client.set_terminated(self._connected_run(), status=status))
+        self._jobs.put(None)
+        self._thread.join(PATIENCE_S)
+        if self._thread.is_alive():
+            self._fail(f"did not take everything within {PATIENCE_S:g} s")
+
+    def _work(self) -> None:
+        try:
+            while True:
+                try:
+                    job = self._jobs.get(timeout=_BATCH_S)
+                except queue.Empty:
+                    job = self._send_metrics
+                if job is None:
+                    return
+                job()
+        except Exception as error:  # noqa: BLE001 -- whatever a server or database fails with, the run goes on
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            self._fail(f"failed ({reason[0][:200]})")
+        finally:
+            self._connected.set()
+
+    def _fail(self, how: str) -> None:
+        """Say it once, and drop what would pile up."""
+        with self._lock:
+            said, self._dead = self._dead, True
+            self._metrics.clear()
+        if not said:
+            self._warn(f"MLflow at {self.uri} {how}: nothing more is sent there; metrics.jsonl has everything")
+
+    def _connect(self, experiment: str, artifacts: Path, run_name: str, params: Mapping[str, Any]) -> None:
+        for name, limit in _LIMITS.items():
+            os.environ.setdefault(name, limit)
+        import mlflow  # reads the limits when it is imported, and takes seconds
+        from mlflow.entities import Param
+
+        self._client = mlflow.MlflowClient(tracking_uri=self.uri)
+        self._run_id = self._earlier_run()
+        if self._run_id is None:
+            found = self._client.get_experiment_by_name(experiment)
+            if found is None:
+                location = artifacts.as_uri() if self.uri.startswith("sqlite:") else None
+                experiment_id = self._client.create_experiment(experiment, artifact_location=location)
+            else:
+                experiment_id = found.experiment_id
+            self._run_id = self._client.create_run(experiment_id, run_name=run_name).info.run_id
+            self._memory.write_text(json.dumps({"uri": self.uri, "run_id": self._run_id}) + "\n")
+            pairs = [Param(key, str(value)) for key, value in params.items()]
+            for first in range(0, len(pairs), 100):  # MLflow's limit a call
+                self._client.log_batch(self._run_id, params=pairs[first : first + 100])
+        self._connected.set()
+
+    def _earlier_run(self) -> str | None:
+        """The run that this training began with, running again; None where this server does not have it."""
+        from mlflow.exceptions import MlflowException
+
+        if not self._memory.exists():
+            return None
+        known = json.loads(self._memory.read_text())
+        if known["uri"] != self.uri:
+            return None
+        try:
+            self._client.update_run(known["run_id"], status="RUNNING")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+        return str(known["run_id"])
+
+    def _connected_run(self) -> str:
+        assert self._run_id is not None, "connecting is the first job"
+        return self._run_id
+
+    def _send_metrics(self) -> None:
+        from mlflow.entities import Metric
+
+        with self._lock:
+            metrics, self._metrics = self._metrics, []
+        for first in range(0, len(metrics), 1000):  # MLflow's limit a call
+            batch = [Metric(*metric) for metric in metrics[first : first + 1000]]
+            self._client.log_batch(self._connected_run(), metrics=batch)
+
+
+def _mlflow_uri(config: RunConfig) -> str:
+    """The configured server, else MLflow's own environment variable, else SQLite beside the runs."""
+    from_environment = os.environ.get("MLFLOW_TRACKING_URI")
+    return config.tracking.mlflow_uri or from_environment or f"sqlite:///{config.storage / 'mlflow.db'}"
+
+
+def mlflow_command(config: RunConfig) -> str:
+    """What opens MLflow for a person: a command, or the server's address."""
+    uri = _mlflow_uri(config)
+    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}" if uri.startswith("sqlite:") else uri
+
+
+def mlflow_tracker(config: RunConfig, folder: Path, warn: Callable[[str], None]) -> MlflowTracker | None:
+    """The MLflow run of the training in `folder`; None where the config wants none."""
+    if not config.tracking.mlflow:
+        return None
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a run needs no network
+    return MlflowTracker(
+        _mlflow_uri(config),
+        config.tracking.experiment,
+        config.storage / "mlartifacts",
+        folder.name,
+        dict(flatten(config.model_dump(mode="json"))),
+        folder / MLFLOW_RUN,
+        warn,
+    )
