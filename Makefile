@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	&& echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: train test fast lint clean
+.PHONY: train test fast bench lint clean
 
 train: .venv/ready
 	$(BIN)/rayduce train configs/quickstart.yaml
@@ -14,6 +14,10 @@ test: .venv/ready
 
 fast: .venv/ready
 	$(BIN)/pytest -m "not cluster"
+
+bench: .venv/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m benchmarks.scans
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from compression.gramians import SelectiveMoments
 from compression.moments import ParameterState
 from compression.truncation import LayerPlan, StateSelection
 from models.layer import TruncatableLayer
+from models.scan.conv import causal_conv_silu
 from models.scan.selective import selective_scan
 
 
@@ -46,9 +46,7 @@ class Mamba(TruncatableLayer):
         self.d_inner = config.expand * config.d_model
         self.dt_rank = math.ceil(config.d_model / 16)
         self.in_proj = nn.Linear(config.d_model, 2 * self.d_inner, bias=False)
-        self.conv1d = nn.Conv1d(
-            self.d_inner, self.d_inner, config.d_conv, groups=self.d_inner, padding=config.d_conv - 1
-        )
+        self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, config.d_conv, groups=self.d_inner)
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
         A_N = torch.arange(1, d_state + 1, dtype=torch.float32)
@@ -69,7 +67,8 @@ class Mamba(TruncatableLayer):
 
     def forward(self, x_BLM: Tensor) -> Tensor:
         x_BLD, z_BLD = self.in_proj(x_BLM).chunk(2, dim=-1)
-        x_BLD = F.silu(self.conv1d(x_BLD.transpose(1, 2))[..., : x_BLM.shape[1]].transpose(1, 2))
+        assert self.conv1d.bias is not None
+        x_BLD = causal_conv_silu(x_BLD, self.conv1d.weight, self.conv1d.bias)
         dt_BLR, B_BLN, C_BLN = self.x_proj(x_BLD).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         r_BLD = self.dt_proj(dt_BLR)
         y_BLD = selective_scan(x_BLD, r_BLD, -self.A_log.exp(), B_BLN, C_BLN, self.D, z_BLD, self._moments)

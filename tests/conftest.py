@@ -14,6 +14,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
 
+from models.scan import backends, extension
+
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -54,3 +56,13 @@ def local_ray() -> Iterator[None]:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(params=["torch", "cpu"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each implementation of the scans in turn."""
+    if request.param == "cpu" and extension.load() is None:
+        pytest.skip(f"no C++ kernels here: {extension.why_not()}")
+    backends.force(request.param)
+    yield request.param
+    backends.force("auto")

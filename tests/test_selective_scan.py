@@ -17,15 +17,6 @@ NAMES = ["x", "r", "A", "B", "C", "D", "z"]
 Arguments = list[Tensor]
 
 
-@pytest.fixture(params=["torch", "cpu"])
-def backend(request: pytest.FixtureRequest) -> object:
-    if request.param == "cpu" and extension.load() is None:
-        pytest.skip(f"no CPU kernels here: {extension.why_not()}")
-    backends.force(request.param)
-    yield request.param
-    backends.force("auto")
-
-
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     actual, expected = actual.detach().double(), expected.detach()
     return float((actual - expected).norm() / expected.norm().clamp_min(torch.finfo(F64).tiny))

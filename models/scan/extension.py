@@ -16,7 +16,8 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("selective.cpp",))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("selective.cpp", "conv.cpp"))
+HEADERS = (Path(__file__).with_name("lanes.h"),)
 # The library is used without its own OpenMP: symbols come from the runtime that torch has loaded, because two
 # runtimes would fight for the cores.
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-std=c++20")
@@ -31,7 +32,7 @@ def _build() -> tuple[Any, str]:
     processor = Path("/proc/cpuinfo")
     features = processor.read_text().split("\n\n")[0] if processor.exists() else platform.machine()
     features = "".join(line for line in features.splitlines() if line.startswith(("flags", "Features", "model name")))
-    key = repr((torch.__version__, features, FLAGS, [source.read_text() for source in SOURCES]))
+    key = repr((torch.__version__, features, FLAGS, [file.read_text() for file in SOURCES + HEADERS]))
     name = f"rayduce_scan_{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     try:
         load(name, [str(source) for source in SOURCES], extra_cflags=list(FLAGS), is_python_module=False)
