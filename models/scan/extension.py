@@ -37,8 +37,8 @@ def _build() -> tuple[Any, str]:
     try:
         load(name, [str(source) for source in SOURCES], extra_cflags=list(FLAGS), is_python_module=False)
     except (RuntimeError, OSError, ImportError) as error:
-        reason = str(error).strip().splitlines()
-        return None, reason[0] if reason else type(error).__name__
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return None, next((line for line in lines if "error:" in line), lines[0])[:200]
     return torch.ops.rayduce, ""
 
 

@@ -24,11 +24,14 @@
 namespace {
 
 constexpr int CHUNK = 16;
+constexpr int TILE = 4;
 
-// (D, N) -> (G, N, V), zero-padded: a block's A is contiguous.
+constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
+
+// (D, N) -> (G, N, V), zero-padded: a block's A is contiguous. In units of log2(e), because the kernels use exp2.
 at::Tensor to_blocks(const at::Tensor& A) {
   const int64_t D = A.size(0), N = A.size(1), G = (D + V - 1) / V;
-  return at::constant_pad_nd(A, {0, 0, 0, G * V - D}).view({G, V, N}).transpose(1, 2).contiguous();
+  return at::constant_pad_nd(A.mul(LOG2E), {0, 0, 0, G * V - D}).view({G, V, N}).transpose(1, 2).contiguous();
 }
 
 // The inverse, for sums.
@@ -37,32 +40,108 @@ at::Tensor from_blocks(const at::Tensor& blocks, int64_t D) {
   return blocks.transpose(1, 2).reshape({G * V, N}).slice(0, 0, D).contiguous();
 }
 
+// One chunk of one block: what does not depend on the state, for its steps.
+struct Chunk {
+  int64_t b, from, steps;
+  vec dt[CHUNK], u[CHUNK], y[CHUNK];
+};
+
+// What is kept of every step lies tile by tile, because rows of N states apart would share the sets of the cache.
+inline int64_t slot(int64_t n, int64_t N, int64_t k) {
+  const int64_t first = n / TILE * TILE, width = first + TILE <= N ? TILE : 1;
+  return width == 1 ? (n * CHUNK + k) * V : (first * CHUNK + k * TILE + n - first) * V;
+}
+
+// Carries T states, beginning with n, through a chunk and adds C h to y. They live in registers, time runs inside.
+// `h` and `decay`, where given, take the states before each step and after the last one, and the decays.
+template <int T, bool with_moments>
+inline void advance(Chunk& chunk, const Rows& B, const Rows& C, const float* A, float* state, int64_t n, int64_t N,
+                    float* h, float* decay, float* h2, float* a2) {
+  vec now[T], A_n[T], h2_n[T], a2_n[T];
+  for (int j = 0; j < T; ++j) {
+    now[j] = load(state + (n + j) * V), A_n[j] = load(A + (n + j) * V);
+    if (h) store(h + (n * (CHUNK + 1) + j) * V, now[j]);
+    if (with_moments) h2_n[j] = load(h2 + (n + j) * V), a2_n[j] = load(a2 + (n + j) * V);
+  }
+  for (int64_t k = 0; k < chunk.steps; ++k) {
+    const float *B_t = B.at(chunk.b, chunk.from + k) + n, *C_t = C.at(chunk.b, chunk.from + k) + n;
+    const vec dt = chunk.dt[k], u = chunk.u[k];
+    vec y = chunk.y[k];
+    for (int j = 0; j < T; ++j) {
+      const vec a = exp2_(dt * A_n[j]);
+      now[j] = a * now[j] + u * B_t[j];
+      y += now[j] * C_t[j];
+      if (h) store(h + (n * (CHUNK + 1) + (k + 1) * T + j) * V, now[j]), store(decay + (n * CHUNK + k * T + j) * V, a);
+      if (with_moments) h2_n[j] += now[j] * now[j], a2_n[j] += a * a;
+    }
+    chunk.y[k] = y;
+  }
+  for (int j = 0; j < T; ++j) {
+    store(state + (n + j) * V, now[j]);
+    if (with_moments) store(h2 + (n + j) * V, h2_n[j]), store(a2 + (n + j) * V, a2_n[j]);
+  }
+}
+
+template <bool with_moments>
+void advance_all(Chunk& chunk, const Rows& B, const Rows& C, const float* A, float* state, int64_t N, float* h,
+                 float* decay, float* h2, float* a2) {
+  int64_t n = 0;
+  for (; n + TILE <= N; n += TILE) advance<TILE, with_moments>(chunk, B, C, A, state, n, N, h, decay, h2, a2);
+  for (; n < N; ++n) advance<1, with_moments>(chunk, B, C, A, state, n, N, h, decay, h2, a2);
+}
+
 template <bool with_moments>
 void forward_block(const Rows& x, const Rows& r, const Rows& B, const Rows& C, const Rows& z, const float* A,
-                   const vec D, float* out, int64_t out_stride, float* starts, int64_t start_stride, float* h2,
-                   float* a2, int64_t b, int64_t first, int lanes, int64_t L, int64_t N) {
+                   const vec D, float* out, int64_t out_stride, float* starts, float* h2, float* a2, int64_t b,
+                   int64_t first, int lanes, int64_t L, int64_t N) {
   std::vector<float> state(N * V, 0.f);
-  float* h = state.data();
-  for (int64_t t = 0; t < L; ++t) {
-    if (t % CHUNK == 0) std::memcpy(starts + (t / CHUNK) * start_stride, h, N * V * sizeof(float));
-    const vec dt = softplus(load(r.at(b, t) + first, lanes));
-    const vec input = load(x.at(b, t) + first, lanes);
-    const vec u = dt * input;
-    const float *Bt = B.at(b, t), *Ct = C.at(b, t);
-    vec y = D * input;
-    for (int64_t n = 0; n < N; ++n) {
-      const vec a = exp_(dt * load(A + n * V));
-      const vec next = a * load(h + n * V) + u * Bt[n];
-      store(h + n * V, next);
-      y += next * Ct[n];
-      if (with_moments) {
-        store(h2 + n * V, load(h2 + n * V) + next * next);
-        store(a2 + n * V, load(a2 + n * V) + a * a);
-      }
+  Chunk chunk;
+  for (int64_t from = 0; from < L; from += CHUNK) {
+    std::memcpy(starts + from / CHUNK * N * V, state.data(), N * V * sizeof(float));
+    chunk.b = b, chunk.from = from, chunk.steps = std::min<int64_t>(CHUNK, L - from);
+    for (int64_t k = 0; k < chunk.steps; ++k) {
+      const vec input = load(x.at(b, from + k) + first, lanes);
+      chunk.dt[k] = softplus(load(r.at(b, from + k) + first, lanes));
+      chunk.u[k] = chunk.dt[k] * input, chunk.y[k] = D * input;
     }
-    const vec gate = load(z.at(b, t) + first, lanes);
-    store(out + t * out_stride, y * gate * sigmoid(gate), lanes);
+    advance_all<with_moments>(chunk, B, C, A, state.data(), N, nullptr, nullptr, h2, a2);
+    for (int64_t k = 0; k < chunk.steps; ++k) {
+      const vec gate = load(z.at(b, from + k) + first, lanes);
+      store(out + (from + k) * out_stride, chunk.y[k] * gate * sigmoid(gate), lanes);
+    }
   }
+}
+
+// Goes back through a chunk with T states.
+template <int T>
+inline void retreat(const Chunk& chunk, const vec* dy, vec* du, vec* dlog_A, const Rows& B, const Rows& C,
+                    const float* A, float* carry, int64_t n, int64_t N, const float* h, const float* decay, float* dA,
+                    float* dB, float* dC) {
+  vec back[T], A_n[T], dA_n[T], after[T];
+  for (int j = 0; j < T; ++j) {
+    const int64_t i = (n + j) * V;
+    back[j] = load(carry + i), A_n[j] = load(A + i), dA_n[j] = load(dA + i);
+    after[j] = load(h + (n * (CHUNK + 1) + chunk.steps * T + j) * V);
+  }
+  for (int64_t k = chunk.steps - 1; k >= 0; --k) {
+    const float *B_t = B.at(chunk.b, chunk.from + k) + n, *C_t = C.at(chunk.b, chunk.from + k) + n;
+    const vec dt = chunk.dt[k], u = chunk.u[k], dy_k = dy[k];
+    vec du_k = du[k], dlog_k = dlog_A[k];
+    for (int j = 0; j < T; ++j) {
+      const int64_t i = (n * CHUNK + k * T + j) * V;
+      const vec dh = back[j] + dy_k * C_t[j], before = load(h + (n * (CHUNK + 1) + k * T + j) * V);
+      store(dC + i, load(dC + i) + dy_k * after[j]);
+      store(dB + i, load(dB + i) + dh * u);
+      du_k += dh * B_t[j];
+      back[j] = dh * load(decay + i);
+      const vec dlog = back[j] * before;  // the gradient of dt A
+      dlog_k += dlog * A_n[j];
+      dA_n[j] += dlog * dt;
+      after[j] = before;
+    }
+    du[k] = du_k, dlog_A[k] = dlog_k;
+  }
+  for (int j = 0; j < T; ++j) store(carry + (n + j) * V, back[j]), store(dA + (n + j) * V, dA_n[j]);
 }
 
 std::vector<at::Tensor> forward(at::Tensor x, at::Tensor r, at::Tensor A, at::Tensor B, at::Tensor C,
@@ -85,7 +164,7 @@ std::vector<at::Tensor> forward(at::Tensor x, at::Tensor r, at::Tensor A, at::Te
       const auto run = with_moments ? forward_block<true> : forward_block<false>;
       const int64_t sums = with_moments ? block * N * V : 0;
       run(xs, rs, Bs, Cs, zs, A_ptr + g * N * V, load(D_ptr + first), out_ptr + b * L * channels + first, channels,
-          start_ptr + block * chunks * N * V, N * V, h2_ptr + sums, a2_ptr + sums, b, first, lanes, L, N);
+          start_ptr + block * chunks * N * V, h2_ptr + sums, a2_ptr + sums, b, first, lanes, L, N);
     }
   }
   if (!with_moments) return {out, starts};
@@ -117,11 +196,13 @@ std::vector<at::Tensor> backward(at::Tensor dout, at::Tensor x, at::Tensor r, at
   for (int64_t range = 0; range < ranges; ++range) {
     for (int64_t b = 0; b < batch; ++b) {
       const int64_t g_first = range * G / ranges, g_last = (range + 1) * G / ranges;
-      std::vector<float> carries((g_last - g_first) * NV, 0.f), states((CHUNK + 1) * NV), decays(CHUNK * NV);
+      std::vector<float> carries((g_last - g_first) * NV, 0.f), state(NV), states((CHUNK + 1) * NV), decays(CHUNK * NV);
       std::vector<float> dB_lanes(CHUNK * NV), dC_lanes(CHUNK * NV);
-      vec dts[CHUNK], us[CHUNK], dys[CHUNK], slopes[CHUNK], inputs[CHUNK];
-      for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
-        const int64_t from = chunk * CHUNK, steps = std::min<int64_t>(CHUNK, L - from);
+      Chunk chunk;
+      vec dy[CHUNK], du[CHUNK], dlog[CHUNK], inputs[CHUNK], slopes[CHUNK];
+      for (int64_t index = chunks - 1; index >= 0; --index) {
+        const int64_t from = index * CHUNK, steps = std::min<int64_t>(CHUNK, L - from);
+        chunk.b = b, chunk.from = from, chunk.steps = steps;
         std::fill(dB_lanes.begin(), dB_lanes.end(), 0.f);
         std::fill(dC_lanes.begin(), dC_lanes.end(), 0.f);
         for (int64_t g = g_first; g < g_last; ++g) {
@@ -129,61 +210,46 @@ std::vector<at::Tensor> backward(at::Tensor dout, at::Tensor x, at::Tensor r, at
           const int lanes = std::min<int64_t>(V, channels - first);
           const float* A_block = A_ptr + g * NV;
           const vec D_block = load(D_ptr + first);
-          float *carry = carries.data() + (g - g_first) * NV, *h = states.data(), *decay = decays.data();
-          std::memcpy(h, start_ptr + ((b * G + g) * chunks + chunk) * NV, NV * sizeof(float));
-          vec dD_block{};
           for (int64_t k = 0; k < steps; ++k) {
-            const int64_t t = from + k, place = (b * L + t) * channels + first;
-            const vec raw = load(rs.at(b, t) + first, lanes), input = load(xs.at(b, t) + first, lanes);
-            const vec dt = softplus(raw), u = dt * input;
-            const float *Bt = Bs.at(b, t), *Ct = Cs.at(b, t);
-            const float* before = h + k * NV;
-            float *after = h + (k + 1) * NV, *a_k = decay + k * NV;
-            vec y = D_block * input;
-            for (int64_t n = 0; n < N; ++n) {
-              const vec a = exp_(dt * load(A_block + n * V));
-              const vec next = a * load(before + n * V) + u * Bt[n];
-              store(a_k + n * V, a);
-              store(after + n * V, next);
-              y += next * Ct[n];
-            }
-            const vec gate = load(zs.at(b, t) + first, lanes), grad = load(gs.at(b, t) + first, lanes);
-            const vec open = sigmoid(gate);
-            store(dz_ptr + place, grad * y * open * (1.f + gate * (1.f - open)), lanes);
-            dys[k] = grad * gate * open;
-            dD_block += dys[k] * input;
-            dts[k] = dt, us[k] = u, inputs[k] = input, slopes[k] = sigmoid(raw);
+            const vec raw = load(rs.at(b, from + k) + first, lanes);
+            inputs[k] = load(xs.at(b, from + k) + first, lanes);
+            chunk.dt[k] = softplus(raw), slopes[k] = sigmoid(raw);
+            chunk.u[k] = chunk.dt[k] * inputs[k], chunk.y[k] = D_block * inputs[k];
           }
-          for (int64_t k = steps - 1; k >= 0; --k) {
-            const int64_t t = from + k, place = (b * L + t) * channels + first;
-            const vec dt = dts[k], u = us[k], dy = dys[k];
-            const float *Bt = Bs.at(b, t), *Ct = Cs.at(b, t);
-            const float *before = h + k * NV, *after = h + (k + 1) * NV, *a_k = decay + k * NV;
-            float *dB_k = dB_lanes.data() + k * NV, *dC_k = dC_lanes.data() + k * NV;
-            float* dA_block = dA_ptr + (b * G + g) * NV;
-            vec du{}, ddt{};
-            for (int64_t n = 0; n < N; ++n) {
-              const int64_t i = n * V;
-              const vec dh = load(carry + i) + dy * Ct[n];
-              store(dC_k + i, load(dC_k + i) + dy * load(after + i));
-              store(dB_k + i, load(dB_k + i) + dh * u);
-              du += dh * Bt[n];
-              const vec back = dh * load(a_k + i);
-              store(carry + i, back);
-              const vec dlog = back * load(before + i);  // the gradient of dt A
-              ddt += dlog * load(A_block + i);
-              store(dA_block + i, load(dA_block + i) + dlog * dt);
-            }
-            store(dx_ptr + place, du * dt + dy * D_block, lanes);
-            store(dr_ptr + place, (ddt + du * inputs[k]) * slopes[k], lanes);
+          const float* start = start_ptr + ((b * G + g) * chunks + index) * NV;
+          std::memcpy(state.data(), start, NV * sizeof(float));
+          advance_all<false>(chunk, Bs, Cs, A_block, state.data(), N, states.data(), decays.data(), nullptr, nullptr);
+          vec dD_block = load(dD_ptr + b * G * V + first);
+          for (int64_t k = 0; k < steps; ++k) {
+            const vec gate = load(zs.at(b, from + k) + first, lanes), open = sigmoid(gate);
+            const vec grad = load(gs.at(b, from + k) + first, lanes);
+            store(dz_ptr + (b * L + from + k) * channels + first,
+                  grad * chunk.y[k] * open * (1.f + gate * (1.f - open)), lanes);
+            dy[k] = grad * gate * open, du[k] = vec{}, dlog[k] = vec{};
+            dD_block += dy[k] * inputs[k];
           }
-          store(dD_ptr + b * G * V + first, load(dD_ptr + b * G * V + first) + dD_block);
+          store(dD_ptr + b * G * V + first, dD_block);
+          float *carry = carries.data() + (g - g_first) * NV, *dA_block = dA_ptr + (b * G + g) * NV;
+          int64_t n = 0;
+          for (; n + TILE <= N; n += TILE) {
+            retreat<TILE>(chunk, dy, du, dlog, Bs, Cs, A_block, carry, n, N, states.data(), decays.data(), dA_block,
+                          dB_lanes.data(), dC_lanes.data());
+          }
+          for (; n < N; ++n) {
+            retreat<1>(chunk, dy, du, dlog, Bs, Cs, A_block, carry, n, N, states.data(), decays.data(), dA_block,
+                       dB_lanes.data(), dC_lanes.data());
+          }
+          for (int64_t k = 0; k < steps; ++k) {
+            const int64_t place = (b * L + from + k) * channels + first;
+            store(dx_ptr + place, du[k] * chunk.dt[k] + dy[k] * D_block, lanes);
+            store(dr_ptr + place, (dlog[k] * LN2 + du[k] * inputs[k]) * slopes[k], lanes);
+          }
         }
         for (int64_t k = 0; k < steps; ++k) {
           for (int64_t n = 0; n < N; ++n) {
             const int64_t place = ((range * batch + b) * L + from + k) * N + n;
-            dB_ptr[place] = sum(load(dB_lanes.data() + k * NV + n * V));
-            dC_ptr[place] = sum(load(dC_lanes.data() + k * NV + n * V));
+            dB_ptr[place] = sum(load(dB_lanes.data() + slot(n, N, k)));
+            dC_ptr[place] = sum(load(dC_lanes.data() + slot(n, N, k)));
           }
         }
       }
