@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from orchestrator.checkpoint import Manifest, newest, verify
 from orchestrator.config import RunConfig, refuse_other_run
 from orchestrator.errors import UserError
@@ -71,5 +73,5 @@ def _name_in(config: Path) -> str | None:
     """NAME-2 may be the second run of NAME, or the first of a config that is called so."""
     if not config.is_file():
         return None
-    found = re.search(r"^name: (\S+)$", config.read_text(), re.MULTILINE)
-    return found[1] if found else None
+    content = yaml.safe_load(config.read_text())
+    return content.get("name") if isinstance(content, dict) else None

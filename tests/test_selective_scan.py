@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -165,6 +169,17 @@ def test_threads_change_nothing_but_rounding(backend: str, batch: int) -> None:
         torch.set_num_threads(before)
     for alone, shared in zip(*results, strict=True):
         assert relative_error(shared, alone.double()) < 1e-6
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_a_build_that_was_killed_does_not_block_the_next(backend: str) -> None:
+    """torch's loader waits for a lock file for ever, whoever left it."""
+    (library,) = {
+        line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "rayduce_scan" in line
+    }
+    (Path(library).parent / "lock").touch()
+    code = "from models.scan import extension; assert extension.load() is not None"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True, timeout=120)
 
 
 def test_without_a_compiler_plain_torch_takes_over(

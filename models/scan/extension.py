@@ -5,10 +5,14 @@ Without a compiler everything works, more slowly, in plain torch.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import logging
+import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,22 @@ HEADERS = (Path(__file__).with_name("lanes.h"),)
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-std=c++20")
 
 
+@contextmanager
+def _locked(name: str) -> Iterator[Path]:
+    """The folder of a build, for one process at a time.
+
+    torch's loader has a lock of its own, a file that a killed process leaves behind and everyone then waits for.
+    This one ends with the process, and whoever holds it may clear away the other.
+    """
+    cache = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "rayduce"
+    folder = Path(cache) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "in_use").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        yield folder
+
+
 @functools.cache
 def _build() -> tuple[Any, str]:
     """The operators and an empty string, or None and why there are none."""
@@ -35,7 +55,14 @@ def _build() -> tuple[Any, str]:
     key = repr((torch.__version__, features, FLAGS, [file.read_text() for file in SOURCES + HEADERS]))
     name = f"rayduce_scan_{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     try:
-        load(name, [str(source) for source in SOURCES], extra_cflags=list(FLAGS), is_python_module=False)
+        with _locked(name) as folder:
+            load(
+                name,
+                [str(source) for source in SOURCES],
+                extra_cflags=list(FLAGS),
+                build_directory=str(folder),
+                is_python_module=False,
+            )
     except (RuntimeError, OSError, ImportError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return None, next((line for line in lines if "error:" in line), lines[0])[:200]
@@ -43,7 +70,7 @@ def _build() -> tuple[Any, str]:
 
 
 def load() -> Any | None:
-    """The operators; None, with one warning, where it cannot be built. The first call on a machine takes a while."""
+    """The operators; None, with one warning, where they cannot be built. The first call on a machine takes a while."""
     module, reason = _build()
     if module is None:
         _warn(reason)
