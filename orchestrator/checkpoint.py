@@ -126,9 +126,8 @@ def verify(path: Path) -> Manifest:
     return manifest
 
 
-def load(path: Path, group: Group) -> ShardedState:
+def load(path: Path, manifest: Manifest, group: Group) -> ShardedState:
     """This rank's share of a verified checkpoint, at any number of workers."""
-    manifest = read_manifest(path)
     sizes = {name: math.prod(shape) for name, shape in manifest.shapes.items()}
     owners = assign_owners(sizes, group.size)
     state = ShardedState(owners, dict(manifest.shapes), {}, manifest.optimizer_step)

@@ -33,6 +33,7 @@ class _Meeting:
 
     plan: asyncio.Future[TruncationPlan]
     closed: asyncio.Event = field(default_factory=asyncio.Event)
+    settling: asyncio.Task[None] | None = None  # held here, because the event loop alone would let it be collected
     present: set[int] = field(default_factory=set)
     statistics: dict[int, Statistics] = field(default_factory=dict)
 
@@ -82,7 +83,7 @@ class Coordinator:
             meeting.statistics.update(statistics)
             if len(meeting.present) == self._workers:
                 meeting.closed.set()
-                asyncio.get_running_loop().create_task(self._settle(meeting, attempt, step))
+                meeting.settling = asyncio.get_running_loop().create_task(self._settle(meeting, attempt, step))
         # The deadline is for those who are awaited, not for the computation.
         try:
             await asyncio.wait_for(meeting.closed.wait(), self._timeout_s)

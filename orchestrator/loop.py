@@ -85,7 +85,7 @@ class Worker:
             return Engine(config, task, [config.model.d_state] * config.model.n_layers, self.group)
         manifest = checkpoint.read_manifest(path)  # the driver has verified the checkpoint
         engine = Engine(config, task, manifest.state_dims, self.group)
-        engine.load(checkpoint.load(path, self.group))
+        engine.load(checkpoint.load(path, manifest, self.group))
         self.step = manifest.step
         self.truncations = [CutRecord(**record) for record in manifest.truncations]
         return engine

@@ -12,15 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models.scan import extension
 from models.scan.backends import choose
+from models.scan.extension import kernels, rows
 
 
 def causal_conv_silu(x_BLD: Tensor, weight_D1W: Tensor, bias_D: Tensor) -> Tensor:
     """silu(bias + sum_w weight_w x_(t - W + 1 + w)), (B, L, D) -> (B, L, D); x is zero before the sequence."""
     if choose(x_BLD) == "cpu":
-        rows_BLD = x_BLD if x_BLD.stride(-1) == 1 else x_BLD.contiguous()
-        out_BLD: Tensor = _CausalConv.apply(rows_BLD, weight_D1W.squeeze(1), bias_D)  # type: ignore[no-untyped-call]
+        out_BLD: Tensor = _CausalConv.apply(rows(x_BLD), weight_D1W.squeeze(1), bias_D)  # type: ignore[no-untyped-call]
         return out_BLD
     padded_BDL = F.pad(x_BLD.transpose(1, 2), (weight_D1W.shape[-1] - 1, 0))
     return F.silu(F.conv1d(padded_BDL, weight_D1W, bias_D, groups=x_BLD.shape[-1])).transpose(1, 2)
@@ -29,15 +28,10 @@ def causal_conv_silu(x_BLD: Tensor, weight_D1W: Tensor, bias_D: Tensor) -> Tenso
 class _CausalConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BLD: Tensor, weight_DW: Tensor, bias_D: Tensor) -> Tensor:
-        kernels = extension.load()
-        assert kernels is not None, "this backend is chosen only where the kernels are built"
         ctx.save_for_backward(x_BLD, weight_DW, bias_D)
-        return kernels.conv_forward(x_BLD, weight_DW, bias_D)  # type: ignore[no-any-return]
+        return kernels().conv_forward(x_BLD, weight_DW, bias_D)  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_BLD: Tensor) -> tuple[Tensor, ...]:
-        kernels = extension.load()
-        assert kernels is not None
-        dout_BLD = dout_BLD if dout_BLD.stride(-1) == 1 else dout_BLD.contiguous()
-        return tuple(kernels.conv_backward(dout_BLD, *ctx.saved_tensors))
+        return tuple(kernels().conv_backward(rows(dout_BLD), *ctx.saved_tensors))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,18 @@ def load() -> Any | None:
     if module is None:
         _warn(reason)
     return module
+
+
+def kernels() -> Any:
+    """The operators, for a backend that is chosen only where they are built."""
+    module, reason = _build()
+    assert module is not None, reason
+    return module
+
+
+def rows(part: Tensor) -> Tensor:
+    """As the kernels read tensors: slices of wider ones too, as long as channels are contiguous."""
+    return part if part.stride(-1) == 1 else part.contiguous()
 
 
 def why_not() -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from compression.gramians import SelectiveMoments
-from models.scan import extension
+from models.scan.extension import kernels, rows
 
 
 def selective_scan(
@@ -26,17 +26,11 @@ def selective_scan(
     moments: SelectiveMoments | None,
 ) -> Tensor:
     """As `models.scan.selective.selective_scan`, in float32."""
-    rows = (_rows(part) for part in (x_BLD, r_BLD, B_BLN, C_BLN, z_BLD))
-    x_BLD, r_BLD, B_BLN, C_BLN, z_BLD = rows
+    x_BLD, r_BLD, B_BLN, C_BLN, z_BLD = (rows(part) for part in (x_BLD, r_BLD, B_BLN, C_BLN, z_BLD))
     out_BLD: Tensor = _SelectiveScan.apply(  # type: ignore[no-untyped-call]
         x_BLD, r_BLD, A_DN, B_BLN, C_BLN, D_D, z_BLD, moments
     )
     return out_BLD
-
-
-def _rows(part: Tensor) -> Tensor:
-    """The kernels read slices of wider tensors, as long as channels are contiguous."""
-    return part if part.stride(-1) == 1 else part.contiguous()
 
 
 class _SelectiveScan(torch.autograd.Function):
@@ -52,10 +46,8 @@ class _SelectiveScan(torch.autograd.Function):
         z_BLD: Tensor,
         moments: SelectiveMoments | None,
     ) -> Tensor:
-        kernels = extension.load()
-        assert kernels is not None, "this backend is chosen only where the kernels are built"
         tensors = (x_BLD, r_BLD, A_DN, B_BLN, C_BLN, D_D, z_BLD)
-        out_BLD, starts, *sums = kernels.selective_forward(*tensors, moments is not None)
+        out_BLD, starts, *sums = kernels().selective_forward(*tensors, moments is not None)
         if moments is not None:
             moments.h2_DN += sums[0]
             moments.a2_DN += sums[1]
@@ -67,6 +59,4 @@ class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_BLD: Tensor) -> tuple[Tensor | None, ...]:
-        kernels = extension.load()
-        assert kernels is not None
-        return (*kernels.selective_backward(dout_BLD.contiguous(), *ctx.saved_tensors), None)
+        return (*kernels().selective_backward(rows(dout_BLD), *ctx.saved_tensors), None)
