@@ -10,29 +10,24 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from compression.gramians import LTISystem
 from compression.moments import ComplexMoments, ParameterState
 from compression.truncation import LayerPlan, StateTransform
-from models.layer import TruncatableLayer
-from models.scan.linear import linear_scan
+from models.layer import StackConfig, State, TruncatableLayer
+from models.scan.linear import linear_recurrence
 
 # The parametrisation exp(-exp(nu) + i exp(theta)) has no zero eigenvalue; this stands for one.
 SMALLEST_MAGNITUDE = 1e-12
 SMALLEST_PHASE = 1e-3
 
 
-class LRUConfig(BaseModel):
+class LRUConfig(StackConfig):
     """A stack of LRU blocks, each with a gated linear unit after the recurrence."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     kind: Literal["lru"]
-    n_layers: int = Field(ge=1, description="Number of blocks.")
-    d_model: int = Field(ge=1, description="Width of the residual stream.")
-    d_state: int = Field(ge=1, description="State dimension of every layer before the first cut.")
     r_min: float = Field(0.9, ge=0, lt=1, description="Smallest magnitude of an eigenvalue at the start.")
     r_max: float = Field(0.999, gt=0, lt=1, description="Largest magnitude of an eigenvalue at the start.")
     max_phase: float = Field(2 * math.pi, gt=0, description="Largest phase of an eigenvalue, in radians.")
@@ -69,13 +64,29 @@ class LRU(TruncatableLayer):
         self.glu = nn.Linear(H, 2 * H)
 
     def forward(self, x_BLH: Tensor) -> Tensor:
-        eigenvalues_N = torch.exp(torch.complex(-self.nu_log.exp(), self.theta_log.exp()))
+        eigenvalues_N = torch.polar((-self.nu_log.exp()).exp(), self.theta_log.exp())
         gamma_N1 = self.gamma_log.exp().unsqueeze(-1)
-        B_HN = torch.complex(self.B_re * gamma_N1, self.B_im * gamma_N1).T
-        h_BLN = linear_scan(eigenvalues_N, x_BLH.to(B_HN.dtype) @ B_HN)
-        y_BLH = h_BLN.real @ self.C_re.T - h_BLN.imag @ self.C_im.T + self.D * x_BLH
+        system = (eigenvalues_N.real, eigenvalues_N.imag, self.B_re * gamma_N1, self.B_im * gamma_N1)
+        y_BLH = linear_recurrence(x_BLH, *system, self.C_re, self.C_im) + self.D * x_BLH
         out_BLH: Tensor = nn.functional.glu(self.glu(nn.functional.gelu(y_BLH)), dim=-1)
         return out_BLH
+
+    def initial_state(self, batch: int) -> State:
+        """Real and imaginary part of the state, (B, N) each."""
+        re_BN, im_BN = torch.zeros(2, batch, self.d_state, device=self.D.device)
+        return re_BN, im_BN
+
+    def step(self, x_BH: Tensor, state: State) -> tuple[Tensor, State]:
+        re_BN, im_BN = state
+        magnitude_N, phase_N, gamma_N = torch.exp(-self.nu_log.exp()), self.theta_log.exp(), self.gamma_log.exp()
+        cos_N, sin_N = magnitude_N * phase_N.cos(), magnitude_N * phase_N.sin()
+        re_BN, im_BN = (
+            cos_N * re_BN - sin_N * im_BN + gamma_N * (x_BH @ self.B_re.T),
+            sin_N * re_BN + cos_N * im_BN + gamma_N * (x_BH @ self.B_im.T),
+        )
+        y_BH = re_BN @ self.C_re.T - im_BN @ self.C_im.T + self.D * x_BH
+        out_BH: Tensor = nn.functional.glu(self.glu(nn.functional.gelu(y_BH)), dim=-1)
+        return out_BH, (re_BN, im_BN)
 
     def start_statistics(self) -> None:
         """Nothing to gather: an LTI layer's Gramians follow from its weights."""

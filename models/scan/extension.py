@@ -21,7 +21,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("selective.cpp", "conv.cpp"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("selective.cpp", "conv.cpp", "linear.cpp"))
 HEADERS = (Path(__file__).with_name("lanes.h"),)
 # The library is used without its own OpenMP: symbols come from the runtime that torch has loaded, because two
 # runtimes would fight for the cores.
@@ -66,7 +66,7 @@ def _build() -> tuple[Any, str]:
             )
     except (RuntimeError, OSError, ImportError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        return None, next((line for line in lines if "error:" in line), lines[0])[:200]
+        return None, next((line for line in lines if "error:" in line or "not found" in line), lines[0])[:200]
     return torch.ops.rayduce, ""
 
 

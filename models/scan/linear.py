@@ -1,6 +1,6 @@
-"""The LRU's recurrence h_t = lambda h_(t-1) + u_t, chunk by chunk as matrix products.
+"""The LRU's linear recurrence: the one function that a layer calls, whatever computes it.
 
-Shapes: B batch, L time, N state, K steps of a chunk.
+Shapes: B batch, L time, H width, N state.
 """
 
 from __future__ import annotations
@@ -8,23 +8,55 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Work per step grows with the chunk and the number of sequential products falls with it.
-CHUNK = 16
+from models.scan import reference
+from models.scan.backends import choose
+from models.scan.linear_convolution import causal_convolution, impulse_response
+from models.scan.linear_states import linear_scan
 
 
-def linear_scan(eigenvalues_N: Tensor, u_BLN: Tensor) -> Tensor:
-    """All states of the diagonal recurrence from a zero state; complex in, complex out, shape of `u_BLN`."""
-    K = min(CHUNK, u_BLN.shape[1])
-    # Powers by multiplication: logarithms would fail at an eigenvalue of zero.
-    powers_KN = torch.cat([torch.ones_like(eigenvalues_N)[None], eigenvalues_N.expand(K, -1).cumprod(0)])
-    lag_KK = torch.arange(K, device=u_BLN.device)[:, None] - torch.arange(K, device=u_BLN.device)[None, :]
-    toeplitz_NKK = powers_KN.T[:, lag_KK.clamp_min(0)] * (lag_KK >= 0)
-    h_BN = torch.zeros_like(u_BLN[:, 0])
-    chunks = []
-    for u_BKN in torch.split(u_BLN, K, dim=1):
-        k = u_BKN.shape[1]
-        own_NKB = toeplitz_NKK[:, :k, :k] @ u_BKN.permute(2, 1, 0)
-        h_BKN = own_NKB.permute(2, 1, 0) + powers_KN[1 : k + 1] * h_BN.unsqueeze(1)
-        h_BN = h_BKN[:, -1]
-        chunks.append(h_BKN)
-    return torch.cat(chunks, dim=1)
+def linear_recurrence(
+    x_BLH: Tensor,
+    a_re_N: Tensor,
+    a_im_N: Tensor,
+    B_re_NH: Tensor,
+    B_im_NH: Tensor,
+    C_re_HN: Tensor,
+    C_im_HN: Tensor,
+) -> Tensor:
+    """y_t = Re(C h_t) of h_t = a h_(t-1) + B x_t from a zero state (LRU, arXiv 2303.06349, eq. 1), (B, L, H).
+
+    Complex parameters come as real and imaginary parts, float32 or float64. x may be bfloat16, which the result then
+    is too; states are float32.
+    """
+    parameters = (a_re_N, a_im_N, B_re_NH, B_im_NH, C_re_HN, C_im_HN)
+    if choose(x_BLH) == "reference":
+        return reference.linear_recurrence(x_BLH, *parameters)
+    with torch.autocast(x_BLH.device.type, enabled=False):
+        through = _as_convolution if is_convolution(x_BLH.shape[0], x_BLH.shape[2], a_re_N.shape[0]) else _as_states
+        return through(x_BLH.to(a_re_N.dtype), *parameters).to(x_BLH.dtype)
+
+
+def is_convolution(batch: int, width: int, d_state: int) -> bool:
+    """Whether the sequences go through the impulse response and not through states.
+
+    The response takes width^2 entries, each a sum over all states, before the first sequence can use it: that pays
+    for wide batches of many states. The factors are measured (docs/log.md, the LRU's two ways).
+    """
+    return 2 * width <= batch and 16 * width <= d_state
+
+
+def _as_convolution(x_BLH: Tensor, *parameters: Tensor) -> Tensor:
+    return causal_convolution(x_BLH, impulse_response(x_BLH.shape[1], *parameters))
+
+
+def _as_states(
+    x_BLH: Tensor,
+    a_re_N: Tensor,
+    a_im_N: Tensor,
+    B_re_NH: Tensor,
+    B_im_NH: Tensor,
+    C_re_HN: Tensor,
+    C_im_HN: Tensor,
+) -> Tensor:
+    h_re_BLN, h_im_BLN = linear_scan(a_re_N, a_im_N, x_BLH @ B_re_NH.T, x_BLH @ B_im_NH.T)
+    return h_re_BLN @ C_re_HN.T - h_im_BLN @ C_im_HN.T
