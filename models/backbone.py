@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from models.layer import TruncatableLayer
+from models.layer import State, TruncatableLayer
 
 
 class Block(nn.Module):
@@ -24,9 +25,16 @@ class Block(nn.Module):
         out_BLM: Tensor = x_BLM + self.mixer(self.norm(x_BLM))
         return out_BLM
 
+    def step(self, x_BM: Tensor, state: State) -> tuple[Tensor, State]:
+        out_BM, state = self.mixer.step(self.norm(x_BM), state)
+        return x_BM + out_BM, state
+
 
 class Backbone(nn.Module):
     """`embedding` turns a batch into (B, L, M); the blocks and a last norm keep that shape."""
+
+    activation_checkpointing = False
+    """Whether training recomputes each block in the backward pass instead of keeping its activations."""
 
     def __init__(self, embedding: nn.Module, mixers: Sequence[TruncatableLayer], d_model: int) -> None:
         super().__init__()
@@ -36,10 +44,29 @@ class Backbone(nn.Module):
 
     def forward(self, batch: Tensor) -> Tensor:
         x_BLM = self.embedding(batch)
-        for layer in self.layers:
-            x_BLM = layer(x_BLM)
+        for block in self.layers:
+            if self.training and self.activation_checkpointing:
+                x_BLM = checkpoint(block, x_BLM, use_reentrant=False)
+            else:
+                x_BLM = block(x_BLM)
         out_BLM: Tensor = self.norm_f(x_BLM)
         return out_BLM
 
+    def initial_state(self, batch: int) -> list[State]:
+        return [mixer.initial_state(batch) for mixer in self.mixers()]
+
+    def step(self, batch: Tensor, states: Sequence[State]) -> tuple[Tensor, list[State]]:
+        """One time step of a batch, (B,) or (B, I) -> (B, M), and the blocks' states after it."""
+        x_BM = self.embedding(batch)
+        after = []
+        for block, state in zip(self.blocks(), states, strict=True):
+            x_BM, state = block.step(x_BM, state)
+            after.append(state)
+        out_BM: Tensor = self.norm_f(x_BM)
+        return out_BM, after
+
+    def blocks(self) -> list[Block]:
+        return [block for block in self.layers if isinstance(block, Block)]
+
     def mixers(self) -> list[TruncatableLayer]:
-        return [layer.mixer for layer in self.layers if isinstance(layer, Block)]
+        return [block.mixer for block in self.blocks()]

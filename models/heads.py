@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.layer import TruncatableLayer
+from models.layer import State, TruncatableLayer
 
 
 class SequenceModel(nn.Module):
@@ -29,8 +29,8 @@ class SequenceModel(nn.Module):
         return [mixer.d_state for mixer in self.mixers()]
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Mean over everything that is predicted; `targets` int64, one per row of the logits."""
-        return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+        """Mean over everything that is predicted, float32; `targets` int64, one per row of the logits."""
+        return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
 
 
 class LanguageModel(SequenceModel):
@@ -45,6 +45,16 @@ class LanguageModel(SequenceModel):
     def forward(self, tokens_BL: Tensor) -> Tensor:
         logits_BLV: Tensor = self.lm_head(self.backbone(tokens_BL))
         return logits_BLV
+
+    def initial_state(self, batch: int) -> list[State]:
+        """The layers' states before the first token."""
+        return self.backbone.initial_state(batch)
+
+    def step(self, tokens_B: Tensor, states: Sequence[State]) -> tuple[Tensor, list[State]]:
+        """One token of every sequence, (B,) int64 -> logits (B, V) of the next, and the states after it."""
+        x_BM, states = self.backbone.step(tokens_B, states)
+        logits_BV: Tensor = self.lm_head(x_BM)
+        return logits_BV, states
 
 
 class Classifier(SequenceModel):

@@ -1,6 +1,6 @@
 """Mamba-1's mixer (arXiv 2312.00752), with the parameter names and initialisation of state-spaces/mamba.
 
-Shapes: B batch, L time, M d_model, D d_inner, N d_state, R dt_rank.
+Shapes: B batch, L time, M d_model, D d_inner, N d_state, R dt_rank, W width of the convolution, V = W - 1.
 """
 
 from __future__ import annotations
@@ -10,26 +10,25 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from compression.gramians import SelectiveMoments
 from compression.moments import ParameterState
 from compression.truncation import LayerPlan, StateSelection
-from models.layer import TruncatableLayer
+from models.layer import Dim, StackConfig, State, TruncatableLayer
 from models.scan.conv import causal_conv_silu
 from models.scan.selective import selective_scan
 
 
-class MambaConfig(BaseModel):
+class MambaConfig(StackConfig):
     """A stack of Mamba-1 blocks."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     kind: Literal["mamba"]
-    n_layers: int = Field(ge=1, description="Number of blocks.")
-    d_model: int = Field(ge=1, description="Width of the residual stream.")
-    d_state: int = Field(16, ge=1, description="State dimension of every layer before the first cut.")
+    d_state: Dim | tuple[Dim, ...] = Field(
+        16, description="State dimension before the first cut: of all layers, or of each."
+    )
     d_conv: int = Field(4, ge=1, description="Width of the causal convolution, in time steps.")
     expand: int = Field(2, ge=1, description="Inner width as a multiple of d_model.")
 
@@ -70,10 +69,33 @@ class Mamba(TruncatableLayer):
         assert self.conv1d.bias is not None
         x_BLD = causal_conv_silu(x_BLD, self.conv1d.weight, self.conv1d.bias)
         dt_BLR, B_BLN, C_BLN = self.x_proj(x_BLD).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        r_BLD = self.dt_proj(dt_BLR)
+        if dt_BLR.dtype == self.dt_proj.bias.dtype:
+            r_BLD = self.dt_proj(dt_BLR)
+        else:  # autocast would round the bias
+            r_BLD = F.linear(dt_BLR, self.dt_proj.weight) + self.dt_proj.bias
         y_BLD = selective_scan(x_BLD, r_BLD, -self.A_log.exp(), B_BLN, C_BLN, self.D, z_BLD, self._moments)
         out_BLM: Tensor = self.out_proj(y_BLD)
         return out_BLM
+
+    def initial_state(self, batch: int) -> State:
+        """The last inputs of the convolution (B, D, V) and the state (B, D, N)."""
+        V, device = self.conv1d.kernel_size[0] - 1, self.D.device
+        past_BDV = torch.zeros(batch, self.d_inner, V, device=device)
+        return past_BDV, torch.zeros(batch, self.d_inner, self.d_state, device=device)
+
+    def step(self, x_BM: Tensor, state: State) -> tuple[Tensor, State]:
+        past_BDV, h_BDN = state
+        x_BD, z_BD = self.in_proj(x_BM).chunk(2, dim=-1)
+        assert self.conv1d.bias is not None
+        window_BDW = torch.cat([past_BDV, x_BD.unsqueeze(-1)], dim=-1)
+        x_BD = F.silu((window_BDW * self.conv1d.weight.squeeze(1)).sum(-1) + self.conv1d.bias)
+        dt_BR, B_BN, C_BN = self.x_proj(x_BD).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt_BD = F.softplus(self.dt_proj(dt_BR))
+        decay_BDN = torch.exp(dt_BD.unsqueeze(-1) * -self.A_log.exp())
+        h_BDN = decay_BDN * h_BDN + (dt_BD * x_BD).unsqueeze(-1) * B_BN.unsqueeze(1)
+        y_BD = (h_BDN @ C_BN.unsqueeze(-1)).squeeze(-1) + self.D * x_BD
+        out_BM: Tensor = self.out_proj(y_BD * F.silu(z_BD))
+        return out_BM, (window_BDW[..., 1:], h_BDN)
 
     def start_statistics(self) -> None:
         self._moments = SelectiveMoments.zeros(self.d_inner, self.d_state, self.D.device)

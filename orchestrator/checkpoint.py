@@ -11,13 +11,14 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from compression.moments import ParameterState
 from orchestrator.errors import UserError
@@ -130,18 +131,31 @@ def load(path: Path, manifest: Manifest, group: Group) -> ShardedState:
     """This rank's share of a verified checkpoint, at any number of workers."""
     sizes = {name: math.prod(shape) for name, shape in manifest.shapes.items()}
     owners = assign_owners(sizes, group.size)
-    state = ShardedState(owners, dict(manifest.shapes), {}, manifest.optimizer_step)
-    for index, shard in enumerate(manifest.shards):
-        wanted = [n for n, owner in owners.items() if owner == group.rank and manifest.shard_of[n] == index]
-        if not wanted:
-            continue
+    wanted = [name for name, owner in owners.items() if owner == group.rank]
+    own = {name: ParameterState(*parts) for name, parts in _read(path, manifest, wanted, _PARTS)}
+    return ShardedState(owners, dict(manifest.shapes), own, manifest.optimizer_step)
+
+
+def load_values(path: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """All parameters of a verified checkpoint by name, float32 on the CPU, without Adam's moments."""
+    return {name: value for name, (value,) in _read(path, manifest, manifest.shapes, _PARTS[:1])}
+
+
+def _read(
+    path: Path, manifest: Manifest, names: Iterable[str], parts: Sequence[str]
+) -> Iterator[tuple[str, list[Tensor]]]:
+    """These parts of these parameters; nothing else is read, and no file twice."""
+    by_shard: dict[int, list[str]] = {}
+    for name in names:
+        by_shard.setdefault(manifest.shard_of[name], []).append(name)
+    for index, wanted in by_shard.items():
+        shard = path / manifest.shards[index].file
         try:
-            with safe_open(path / shard.file, framework="pt") as file:
+            with safe_open(shard, framework="pt") as file:
                 for name in wanted:
-                    state.own[name] = ParameterState(*(file.get_tensor(f"{part}:{name}") for part in _PARTS))
+                    yield name, [file.get_tensor(f"{part}:{name}") for part in parts]
         except SafetensorError as error:
-            raise UserError(f"checkpoint shard {path / shard.file} is damaged: {error}") from error
-    return state
+            raise UserError(f"checkpoint shard {shard} is damaged: {error}") from error
 
 
 def read_manifest(folder: Path) -> Manifest:

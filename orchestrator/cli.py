@@ -28,11 +28,12 @@ def _told_plainly(command: Callable[P, None]) -> Callable[P, None]:
         except (UserError, TrainingError) as error:
             print(f"rayduce: {error}", file=sys.stderr)
             sys.exit(2 if isinstance(error, UserError) else 1)
+        except BrokenPipeError:
+            raise  # the reader of a pipe has seen enough; click ends without a word
         except OSError as error:
             print(f"rayduce: {error.filename or 'files'}: {error.strerror or error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            print("rayduce: interrupted; train --resume continues from the last checkpoint", file=sys.stderr)
             sys.exit(130)
 
     return run
@@ -69,7 +70,39 @@ def train(config: Path, overrides: tuple[str, ...], resume: bool) -> None:
     run_config = load_config(config, overrides)
     from orchestrator import launch
 
-    launch.train(run_config, resume)
+    try:
+        launch.train(run_config, resume)
+    except KeyboardInterrupt:
+        print("rayduce: interrupted; train --resume continues from the last checkpoint", file=sys.stderr)
+        raise
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--prompt", metavar="TEXT", default="", help="What the text begins with; by default a new line.")
+@click.option("--tokens", default=256, show_default=True, help="How many bytes to generate.")
+@click.option("--temperature", default=0.8, show_default=True, help="0 always takes the likeliest byte.")
+@click.option("--top-k", type=int, metavar="K", help="Draw from the K likeliest bytes only.")
+@click.option("--seed", type=int, help="The same seed draws the same text.")
+@_told_plainly
+def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int | None, seed: int | None) -> None:
+    """Continue a text with the model of the run in folder RUN, as its newest checkpoint has it.
+
+    The text appears as it is generated, in UTF-8. This works while the run trains and after it was killed.
+
+    \b
+    Examples:
+      rayduce generate runs/quickstart --prompt "def "
+      rayduce generate runs/quickstart --prompt "import " --temperature 0
+    """
+    from orchestrator.generate import generate_text
+
+    pieces = generate_text(run, prompt, tokens, temperature, top_k, seed)
+    try:
+        for piece in pieces:
+            click.echo(piece.encode(), nl=False)
+    finally:
+        click.echo()
 
 
 @main.command()

@@ -1,0 +1,41 @@
+"""The model of a run, read back for use; neither Ray nor DeepSpeed takes part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from models.heads import SequenceModel
+from models.registry import ClassificationTask, LanguageTask, Task, build_model
+from orchestrator import checkpoint
+from orchestrator.config import parse_config
+from orchestrator.errors import UserError
+
+
+def load_model(run: Path) -> SequenceModel:
+    """The model of the newest complete checkpoint in a run's folder, in float32 on the CPU, set to evaluation.
+
+    The run may be training, finished or killed; its dataset is not needed.
+
+    Raises:
+        UserError: `run` is not the folder of a run, has no complete checkpoint, or its newest one is damaged.
+    """
+    checkpoints = run / "checkpoints"
+    if not checkpoints.is_dir():
+        raise UserError(f"{run} has no folder checkpoints: expected the folder of a training run")
+    path = checkpoint.newest(checkpoints)
+    if path is None:
+        raise UserError(f"run {run} has no complete checkpoint yet; train.checkpoint_every says when it writes one")
+    manifest = checkpoint.verify(path)
+    model = build_model(parse_config(manifest.config).model, _task(manifest.shapes), manifest.state_dims)
+    values = checkpoint.load_values(path, manifest)
+    assert values.keys() == dict(model.named_parameters()).keys()
+    model.load_state_dict(values, strict=False)  # tied weights are one parameter with two names
+    return model.eval()
+
+
+def _task(shapes: Mapping[str, tuple[int, ...]]) -> Task:
+    embedding = shapes["backbone.embedding.weight"]
+    if "head.weight" in shapes:
+        return ClassificationTask(n_features=embedding[1], n_classes=shapes["head.weight"][0])
+    return LanguageTask(vocab_size=embedding[0])
