@@ -40,6 +40,17 @@ def test_it_equals_its_definition(backend: str, shape: tuple[int, int, int, int]
         torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-4, atol=1e-5)
 
 
+def test_bfloat16_sequences(backend: str) -> None:
+    """The C++ kernels round only the result; torch rounds the weights and what lies between too."""
+    x_BLD, *weights = (part.detach() for part in arguments(2, 40, 20, 4))
+    x_BLD = x_BLD.bfloat16()
+    out_BLD = causal_conv_silu(x_BLD, *(part.float() for part in weights))
+    assert out_BLD.dtype == torch.bfloat16
+    expected_BLD = definition(x_BLD.double(), *weights)
+    error = float((out_BLD.double() - expected_BLD).norm() / expected_BLD.norm())
+    assert error < (2**-8 if backend == "cpu" else 2**-6)
+
+
 def test_it_takes_slices(backend: str) -> None:
     x_BLD, weight_D1W, bias_D = (part.detach().float() for part in arguments(2, 40, 20, 4))
     wide = torch.cat([x_BLD, x_BLD + 1], dim=-1).requires_grad_()

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from compression.gramians import SelectiveMoments
-from models.scan import backends, extension, selective_torch
+from models.scan import backends, extension, reference, selective_torch
 from models.scan.selective import selective_scan
 
 F64 = torch.float64
@@ -50,24 +49,6 @@ def in_float32(arguments: Arguments) -> Arguments:
     return [part.detach().float().requires_grad_() for part in arguments]
 
 
-def naive_states(x_BLD: Tensor, dt_BLD: Tensor, A_DN: Tensor, B_BLN: Tensor) -> tuple[Tensor, Tensor]:
-    """All decays and states, (B, L, D, N) each, one step after the other."""
-    decay_BLDN = torch.exp(dt_BLD.unsqueeze(-1) * A_DN)
-    h_BDN = torch.zeros_like(decay_BLDN[:, 0])
-    states = []
-    for t in range(x_BLD.shape[1]):
-        h_BDN = decay_BLDN[:, t] * h_BDN + (dt_BLD[:, t] * x_BLD[:, t]).unsqueeze(-1) * B_BLN[:, t].unsqueeze(1)
-        states.append(h_BDN)
-    return decay_BLDN, torch.stack(states, dim=1)
-
-
-def recurrence(
-    x_BLD: Tensor, r_BLD: Tensor, A_DN: Tensor, B_BLN: Tensor, C_BLN: Tensor, D_D: Tensor, z_BLD: Tensor
-) -> Tensor:
-    _, h_BLDN = naive_states(x_BLD, F.softplus(r_BLD), A_DN, B_BLN)
-    return (torch.einsum("bldn,bln->bld", h_BLDN, C_BLN) + D_D * x_BLD) * F.silu(z_BLD)
-
-
 SHAPES = [
     (2, 1, 3, 4),
     (1, CHUNK - 5, 4, 3),
@@ -83,7 +64,7 @@ SHAPES = [
 def test_it_equals_the_recurrence(backend: str, shape: tuple[int, int, int, int]) -> None:
     exact = scan_arguments(*shape)
     ours = in_float32(exact)
-    expected_BLD, out_BLD = recurrence(*exact), selective_scan(*ours)
+    expected_BLD, out_BLD = reference.selective_scan(*exact), selective_scan(*ours)
     assert out_BLD.dtype == torch.float32
     assert relative_error(out_BLD, expected_BLD) < 1e-5
     dout_BLD = torch.randn(expected_BLD.shape, dtype=F64, generator=torch.Generator().manual_seed(1))
@@ -103,7 +84,7 @@ def test_gradcheck_in_float64(shape: tuple[int, int, int, int]) -> None:
 def test_it_bears_extreme_time_steps(backend: str, dt: float) -> None:
     exact = scan_arguments(2, 2 * CHUNK + 3, 3, 4, dt)
     ours = in_float32(exact)
-    out_BLD, expected_BLD = selective_scan(*ours), recurrence(*exact)
+    out_BLD, expected_BLD = selective_scan(*ours), reference.selective_scan(*exact)
     assert relative_error(out_BLD, expected_BLD) < 1e-5
     grads = torch.autograd.grad(out_BLD.sum(), ours)
     expected = torch.autograd.grad(expected_BLD.sum(), exact)
@@ -117,7 +98,7 @@ def test_the_gate_bears_extreme_inputs(backend: str, z: float) -> None:
     exact = scan_arguments(1, 5, 3, 2)
     exact[6] = torch.full_like(exact[6], z).requires_grad_()
     ours = in_float32(exact)
-    out_BLD, expected_BLD = selective_scan(*ours), recurrence(*exact)
+    out_BLD, expected_BLD = selective_scan(*ours), reference.selective_scan(*exact)
     # Next to the smallest float32 the kernels hold the exponential instead of following it into subnormals.
     torch.testing.assert_close(out_BLD.double(), expected_BLD, rtol=1e-5, atol=1e-34)
     for name, grad in zip(NAMES, torch.autograd.grad(out_BLD.sum(), ours), strict=True):
@@ -131,9 +112,9 @@ def test_it_takes_slices_and_any_layout(backend: str) -> None:
     x_BLD, z_BLD, B_BLN, C_BLN = wide.split([6, 6, 4, 4], dim=-1)
     r_BLD = r_BLD.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     out_BLD = selective_scan(x_BLD, r_BLD, A_DN.detach(), B_BLN, C_BLN, D_D.detach(), z_BLD)
-    assert relative_error(out_BLD, recurrence(*exact)) < 1e-5
+    assert relative_error(out_BLD, reference.selective_scan(*exact)) < 1e-5
     (grad,) = torch.autograd.grad(out_BLD.sum(), [r_BLD])
-    (expected,) = torch.autograd.grad(recurrence(*exact).sum(), [exact[1]])
+    (expected,) = torch.autograd.grad(reference.selective_scan(*exact).sum(), [exact[1]])
     assert relative_error(grad, expected) < 1e-4
 
 
@@ -146,13 +127,33 @@ def test_moments_are_the_sums_over_tokens_and_leave_the_scan_alone(backend: str,
     assert torch.equal(out_BLD, without_BLD)
     grads, grads_without = (torch.autograd.grad(out.square().sum(), ours) for out in (out_BLD, without_BLD))
     assert all(torch.equal(a, b) for a, b in zip(grads, grads_without, strict=True))
-    x_BLD, r_BLD, A_DN, B_BLN, C_BLN, _, _ = exact
-    decay_BLDN, h_BLDN = naive_states(x_BLD, F.softplus(r_BLD), A_DN, B_BLN)
+    expected = SelectiveMoments.zeros(19, 4)
+    reference.selective_scan(*exact, expected)
     assert int(moments.tokens) == 2 * length
-    assert not moments.h2_DN.requires_grad
-    assert relative_error(moments.h2_DN, h_BLDN.square().sum((0, 1))) < 1e-5
-    assert relative_error(moments.a2_DN, decay_BLDN.square().sum((0, 1))) < 1e-5
-    assert relative_error(moments.c2_N, C_BLN.square().sum((0, 1))) < 1e-5
+    for name, part in vars(moments).items():
+        assert not part.requires_grad
+        assert relative_error(part, getattr(expected, name)) < 1e-5, name
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 3, 4), (2, CHUNK + 5, 37, 6)])
+def test_bfloat16_keeps_float32_states(backend: str, shape: tuple[int, int, int, int]) -> None:
+    """Against the recurrence over the same rounded inputs, only the results are rounded, to 8 bits."""
+    exact = scan_arguments(*shape)
+    halves = {"x", "B", "C", "z"}
+    ours = [
+        part.detach().to(torch.bfloat16 if name in halves else torch.float32).requires_grad_()
+        for name, part in zip(NAMES, exact, strict=True)
+    ]
+    exact = [part.detach().double().requires_grad_() for part in ours]
+    out_BLD, expected_BLD = selective_scan(*ours), reference.selective_scan(*exact)
+    assert out_BLD.dtype == torch.bfloat16
+    assert relative_error(out_BLD, expected_BLD) < 2**-8
+    dout_BLD = torch.randn(expected_BLD.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    actual = torch.autograd.grad(out_BLD, ours, dout_BLD)
+    expected = torch.autograd.grad(expected_BLD, exact, dout_BLD.double())
+    for name, part, grad, expected_grad in zip(NAMES, ours, actual, expected, strict=True):
+        assert grad.dtype == part.dtype, name
+        assert relative_error(grad, expected_grad) < (2**-8 if name in halves else 1e-4), name
 
 
 @pytest.mark.parametrize("batch", [1, 3])

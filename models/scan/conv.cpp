@@ -5,6 +5,8 @@
 // A task takes ROWS time steps of one sequence: the rows that it reads stay in cache. The backward pass computes s
 // again, also for the W - 1 steps after its own, which its own inputs reach.
 //
+// x and its like are float32 or bfloat16, everything else float32.
+//
 // Shapes: B batch, L time, D channels, W width of the filter; V lanes of a block of channels, padded to P channels.
 
 #include <ATen/Parallel.h>
@@ -27,7 +29,8 @@ at::Tensor to_taps(const at::Tensor& weight) {
   return at::constant_pad_nd(weight, {0, 0, 0, P - D}).t().contiguous();
 }
 
-inline vec convolve(const Rows& x, const float* taps, vec bias, int64_t b, int64_t t, int64_t first, int lanes,
+template <typename T>
+inline vec convolve(const Rows<T>& x, const float* taps, vec bias, int64_t b, int64_t t, int64_t first, int lanes,
                     int64_t W, int64_t P) {
   vec s = bias;
   for (int64_t w = std::max<int64_t>(0, W - 1 - t); w < W; ++w) {
@@ -36,15 +39,16 @@ inline vec convolve(const Rows& x, const float* taps, vec bias, int64_t b, int64
   return s;
 }
 
-at::Tensor forward(at::Tensor x, at::Tensor weight, at::Tensor bias) {
+template <typename T>
+at::Tensor forward(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
   const int64_t batch = x.size(0), L = x.size(1), D = x.size(2), W = weight.size(1);
   const at::Tensor taps = to_taps(weight);
   const int64_t P = taps.size(1);
   const at::Tensor padded = at::constant_pad_nd(bias, {0, P - D}).contiguous();
   at::Tensor out = at::empty({batch, L, D}, x.options());
-  const Rows xs(x);
+  const Rows<T> xs(x);
   const float *taps_ptr = taps.data_ptr<float>(), *bias_ptr = padded.data_ptr<float>();
-  float* out_ptr = out.data_ptr<float>();
+  T* out_ptr = out.data_ptr<T>();
 #pragma omp parallel for collapse(2) num_threads(at::get_num_threads())
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t from = 0; from < L; from += ROWS) {
@@ -60,7 +64,9 @@ at::Tensor forward(at::Tensor x, at::Tensor weight, at::Tensor bias) {
   return out;
 }
 
-std::vector<at::Tensor> backward(at::Tensor dout, at::Tensor x, at::Tensor weight, at::Tensor bias) {
+template <typename T>
+std::vector<at::Tensor> backward(const at::Tensor& dout, const at::Tensor& x, const at::Tensor& weight,
+                                 const at::Tensor& bias) {
   const int64_t batch = x.size(0), L = x.size(1), D = x.size(2), W = weight.size(1);
   const int64_t tasks = (L + ROWS - 1) / ROWS;
   const at::Tensor taps = to_taps(weight);
@@ -68,10 +74,11 @@ std::vector<at::Tensor> backward(at::Tensor dout, at::Tensor x, at::Tensor weigh
   const at::Tensor padded = at::constant_pad_nd(bias, {0, P - D}).contiguous();
   at::Tensor dx = at::empty({batch, L, D}, x.options());
   // The last row of a task's sums is the bias.
-  at::Tensor sums = at::zeros({batch * tasks, W + 1, P}, x.options());
-  const Rows xs(x), gs(dout);
+  at::Tensor sums = at::zeros({batch * tasks, W + 1, P}, weight.options());
+  const Rows<T> xs(x), gs(dout);
   const float *taps_ptr = taps.data_ptr<float>(), *bias_ptr = padded.data_ptr<float>();
-  float *dx_ptr = dx.data_ptr<float>(), *sums_ptr = sums.data_ptr<float>();
+  T* dx_ptr = dx.data_ptr<T>();
+  float* sums_ptr = sums.data_ptr<float>();
 #pragma omp parallel for collapse(2) num_threads(at::get_num_threads())
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t task = 0; task < tasks; ++task) {
@@ -111,6 +118,10 @@ std::vector<at::Tensor> backward(at::Tensor dout, at::Tensor x, at::Tensor weigh
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(rayduce, m) {
-  m.def("conv_forward", &forward);
-  m.def("conv_backward", &backward);
+  m.def("conv_forward", [](at::Tensor x, at::Tensor weight, at::Tensor bias) {
+    return of_type(x, [&](auto zero) { return forward<decltype(zero)>(x, weight, bias); });
+  });
+  m.def("conv_backward", [](at::Tensor dout, at::Tensor x, at::Tensor weight, at::Tensor bias) {
+    return of_type(x, [&](auto zero) { return backward<decltype(zero)>(dout, x, weight, bias); });
+  });
 }

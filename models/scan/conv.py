@@ -17,10 +17,15 @@ from models.scan.extension import kernels, rows
 
 
 def causal_conv_silu(x_BLD: Tensor, weight_D1W: Tensor, bias_D: Tensor) -> Tensor:
-    """silu(bias + sum_w weight_w x_(t - W + 1 + w)), (B, L, D) -> (B, L, D); x is zero before the sequence."""
+    """silu(bias + sum_w weight_w x_(t - W + 1 + w)), (B, L, D) -> (B, L, D); x is zero before the sequence.
+
+    The result has the dtype of x; weight and bias may be float32 next to bfloat16.
+    """
     if choose(x_BLD) == "cpu":
-        out_BLD: Tensor = _CausalConv.apply(rows(x_BLD), weight_D1W.squeeze(1), bias_D)  # type: ignore[no-untyped-call]
+        weight_DW, bias_D = weight_D1W.squeeze(1).float(), bias_D.float()
+        out_BLD: Tensor = _CausalConv.apply(rows(x_BLD), weight_DW, bias_D)  # type: ignore[no-untyped-call]
         return out_BLD
+    weight_D1W, bias_D = weight_D1W.to(x_BLD.dtype), bias_D.to(x_BLD.dtype)
     padded_BDL = F.pad(x_BLD.transpose(1, 2), (weight_D1W.shape[-1] - 1, 0))
     return F.silu(F.conv1d(padded_BDL, weight_D1W, bias_D, groups=x_BLD.shape[-1])).transpose(1, 2)
 

@@ -5,6 +5,10 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/BFloat16.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <cstdint>
@@ -14,6 +18,8 @@ namespace {
 
 constexpr int V = 16;
 typedef float vec __attribute__((vector_size(V * sizeof(float))));
+typedef uint16_t half __attribute__((vector_size(V * sizeof(uint16_t))));
+typedef uint32_t uvec __attribute__((vector_size(V * sizeof(uint32_t))));
 typedef int32_t ivec __attribute__((vector_size(V * sizeof(int32_t))));
 
 inline vec all(float value) { return value - vec{}; }
@@ -35,6 +41,22 @@ inline vec load(const float* from, int lanes) {
 }
 
 inline void store(float* to, vec value, int lanes) { std::memcpy(to, &value, lanes * sizeof(float)); }
+
+// bfloat16 is the upper half of a float32.
+inline vec load(const at::BFloat16* from, int lanes) {
+  half upper{};
+  std::memcpy(&upper, from, lanes * sizeof(uint16_t));
+  const uvec bits = __builtin_convertvector(upper, uvec) << 16;
+  return reinterpret_cast<const vec&>(bits);
+}
+
+// Rounded to nearest, ties to even; NaN stays NaN.
+inline void store(at::BFloat16* to, vec value, int lanes) {
+  const uvec bits = reinterpret_cast<const uvec&>(value);
+  const uvec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const half upper = __builtin_convertvector(value == value ? rounded : uvec{} + 0x7fc0u, half);
+  std::memcpy(to, &upper, lanes * sizeof(uint16_t));
+}
 
 inline float sum(vec value) {
   float total = 0;
@@ -61,20 +83,29 @@ inline vec exp_(vec x) {
   return x < -87.f ? vec{} : result;
 }
 
-// 2^x for x <= 0, to 2 units in the last place; 0 to rounding below -126. Adding the shifter rounds to an integer, whose
-// bits then lie where the exponent goes; the polynomial fits 2^f on [-1/2, 1/2] with a relative error of 1e-7.
+// 2^x for x <= 0, to 3 units in the last place; 0 to rounding below -126. The polynomial fits 2^f on [-1/2, 1/2] with a
+// relative error of 9e-8, and is exact at 0: what does not decay must not fade.
 inline vec exp2_(vec x) {
   const vec clamped = x > -126.f ? x : all(-126.f);
-  const vec shifted = clamped + 12582912.f;
-  const vec f = clamped - (shifted - 12582912.f);
-  vec p = f * 1.533757678e-4f + 1.339986037e-3f;
-  p = p * f + 9.618519534e-3f;
-  p = p * f + 5.550328998e-2f;
-  p = p * f + 2.402264661e-1f;
-  p = p * f + 6.931472056e-1f;
+#ifdef __AVX512F__
+  const vec n = reinterpret_cast<vec>(_mm512_roundscale_ps(reinterpret_cast<__m512>(clamped), 0));
+#else
+  const vec shifted = clamped + 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+  const vec n = shifted - 12582912.f;
+#endif
+  const vec f = clamped - n;
+  vec p = f * 1.326472437e-3f + 9.671513239e-3f;
+  p = p * f + 5.550733756e-2f;
+  p = p * f + 2.402224207e-1f;
+  p = p * f + 6.931469776e-1f;
   p = p * f + 1.f;
+#ifdef __AVX512F__
+  return reinterpret_cast<vec>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
+#else
+  // The integer's bits, shifted to where the exponent is.
   const ivec bits = reinterpret_cast<const ivec&>(p) + (reinterpret_cast<const ivec&>(shifted) << 23);
   return reinterpret_cast<const vec&>(bits);
+#endif
 }
 
 // log(1 + x) for x in [0, 1], through the series of atanh(x / (2 + x)).
@@ -90,21 +121,31 @@ inline vec log1p_(vec x) {
   return p * s;
 }
 
-inline vec softplus(vec x) {
-  const vec magnitude = x < 0.f ? -x : x;
-  return (x > 0.f ? x : vec{}) + log1p_(exp_(-magnitude));
-}
-
 inline vec sigmoid(vec x) { return 1.f / (1.f + exp_(-x)); }
 
+// log(1 + exp(x)), and its slope, which is the sigmoid, from the same exponential.
+inline vec softplus(vec x, vec* slope = nullptr) {
+  const vec e = exp_(x < 0.f ? x : -x);
+  if (slope) *slope = (x < 0.f ? e : all(1.f)) / (1.f + e);
+  return (x > 0.f ? x : vec{}) + log1p_(e);
+}
+
 // A tensor (B, L, channels) whose last axis is contiguous; it may be a slice of a wider one.
+template <typename T>
 struct Rows {
-  const float* data;
+  const T* data;
   int64_t batch, time;
-  explicit Rows(const at::Tensor& t) : data(t.data_ptr<float>()), batch(t.stride(0)), time(t.stride(1)) {
-    TORCH_CHECK(t.dim() == 3 && t.stride(2) == 1 && t.scalar_type() == at::kFloat);
+  explicit Rows(const at::Tensor& t) : data(t.data_ptr<T>()), batch(t.stride(0)), time(t.stride(1)) {
+    TORCH_CHECK(t.dim() == 3 && t.stride(2) == 1);
   }
-  const float* at(int64_t b, int64_t t) const { return data + b * batch + t * time; }
+  const T* at(int64_t b, int64_t t) const { return data + b * batch + t * time; }
 };
+
+// Calls `run` with a zero of the tensor's type, which has to be float32 or bfloat16.
+template <typename Run>
+auto of_type(const at::Tensor& tensor, const Run& run) {
+  if (tensor.scalar_type() == at::kBFloat16) return run(at::BFloat16{});
+  return run(float{});
+}
 
 }  // namespace

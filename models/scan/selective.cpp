@@ -6,6 +6,8 @@
 // vector, and there is no reduction over lanes in the forward pass. States of one block of channels stay in the
 // first-level cache; one state per CHUNK steps is kept, from which the backward pass recomputes the others.
 //
+// x, z and their like are float32 or bfloat16, everything else float32.
+//
 // Shapes: B batch, L time, D channels, N state; V lanes of a block of channels, G blocks, K steps of a chunk.
 
 // Single headers instead of torch/extension.h: the build takes a quarter of the time.
@@ -46,6 +48,15 @@ struct Chunk {
   vec dt[CHUNK], u[CHUNK], y[CHUNK];
 };
 
+// Sums over the steps of one block: squared states, squared decays, squared contributions to the output.
+struct Sums {
+  float *h2, *a2, *hc2;
+  void add(int64_t i, vec more_h2, vec more_a2, vec more_hc2) const {
+    store(h2 + i, load(h2 + i) + more_h2), store(a2 + i, load(a2 + i) + more_a2);
+    store(hc2 + i, load(hc2 + i) + more_hc2);
+  }
+};
+
 // What is kept of every step lies tile by tile, because rows of N states apart would share the sets of the cache.
 inline int64_t slot(int64_t n, int64_t N, int64_t k) {
   const int64_t first = n / TILE * TILE, width = first + TILE <= N ? TILE : 1;
@@ -53,15 +64,15 @@ inline int64_t slot(int64_t n, int64_t N, int64_t k) {
 }
 
 // Carries T states, beginning with n, through a chunk and adds C h to y. They live in registers, time runs inside.
-// `h` and `decay`, where given, take the states before each step and after the last one, and the decays.
+// `h` and `decay`, where given, take the T states before each step and after the last one, and the T decays.
 template <int T, bool with_moments>
-inline void advance(Chunk& chunk, const Rows& B, const Rows& C, const float* A, float* state, int64_t n, int64_t N,
-                    float* h, float* decay, float* h2, float* a2) {
-  vec now[T], A_n[T], h2_n[T], a2_n[T];
+inline void advance(Chunk& chunk, const Rows<float>& B, const Rows<float>& C, const float* A, float* state, int64_t n, vec* h,
+                    vec* decay, const Sums& sums) {
+  vec now[T], A_n[T], h2_n[T], a2_n[T], hc2_n[T];
   for (int j = 0; j < T; ++j) {
     now[j] = load(state + (n + j) * V), A_n[j] = load(A + (n + j) * V);
-    if (h) store(h + (n * (CHUNK + 1) + j) * V, now[j]);
-    if (with_moments) h2_n[j] = load(h2 + (n + j) * V), a2_n[j] = load(a2 + (n + j) * V);
+    if (h) h[j] = now[j];
+    if (with_moments) h2_n[j] = a2_n[j] = hc2_n[j] = vec{};
   }
   for (int64_t k = 0; k < chunk.steps; ++k) {
     const float *B_t = B.at(chunk.b, chunk.from + k) + n, *C_t = C.at(chunk.b, chunk.from + k) + n;
@@ -71,28 +82,23 @@ inline void advance(Chunk& chunk, const Rows& B, const Rows& C, const float* A, 
       const vec a = exp2_(dt * A_n[j]);
       now[j] = a * now[j] + u * B_t[j];
       y += now[j] * C_t[j];
-      if (h) store(h + (n * (CHUNK + 1) + (k + 1) * T + j) * V, now[j]), store(decay + (n * CHUNK + k * T + j) * V, a);
-      if (with_moments) h2_n[j] += now[j] * now[j], a2_n[j] += a * a;
+      if (h) h[(k + 1) * T + j] = now[j], decay[k * T + j] = a;
+      if (with_moments) {
+        const vec h2 = now[j] * now[j];
+        h2_n[j] += h2, a2_n[j] += a * a, hc2_n[j] += h2 * (C_t[j] * C_t[j]);
+      }
     }
     chunk.y[k] = y;
   }
   for (int j = 0; j < T; ++j) {
     store(state + (n + j) * V, now[j]);
-    if (with_moments) store(h2 + (n + j) * V, h2_n[j]), store(a2 + (n + j) * V, a2_n[j]);
+    if (with_moments) sums.add((n + j) * V, h2_n[j], a2_n[j], hc2_n[j]);
   }
 }
 
-template <bool with_moments>
-void advance_all(Chunk& chunk, const Rows& B, const Rows& C, const float* A, float* state, int64_t N, float* h,
-                 float* decay, float* h2, float* a2) {
-  int64_t n = 0;
-  for (; n + TILE <= N; n += TILE) advance<TILE, with_moments>(chunk, B, C, A, state, n, N, h, decay, h2, a2);
-  for (; n < N; ++n) advance<1, with_moments>(chunk, B, C, A, state, n, N, h, decay, h2, a2);
-}
-
-template <bool with_moments>
-void forward_block(const Rows& x, const Rows& r, const Rows& B, const Rows& C, const Rows& z, const float* A,
-                   const vec D, float* out, int64_t out_stride, float* starts, float* h2, float* a2, int64_t b,
+template <bool with_moments, typename T>
+void forward_block(const Rows<T>& x, const Rows<float>& r, const Rows<float>& B, const Rows<float>& C, const Rows<T>& z,
+                   const float* A, const vec D, T* out, int64_t out_stride, float* starts, const Sums& sums, int64_t b,
                    int64_t first, int lanes, int64_t L, int64_t N) {
   std::vector<float> state(N * V, 0.f);
   Chunk chunk;
@@ -104,7 +110,11 @@ void forward_block(const Rows& x, const Rows& r, const Rows& B, const Rows& C, c
       chunk.dt[k] = softplus(load(r.at(b, from + k) + first, lanes));
       chunk.u[k] = chunk.dt[k] * input, chunk.y[k] = D * input;
     }
-    advance_all<with_moments>(chunk, B, C, A, state.data(), N, nullptr, nullptr, h2, a2);
+    int64_t n = 0;
+    for (; n + TILE <= N; n += TILE) {
+      advance<TILE, with_moments>(chunk, B, C, A, state.data(), n, nullptr, nullptr, sums);
+    }
+    for (; n < N; ++n) advance<1, with_moments>(chunk, B, C, A, state.data(), n, nullptr, nullptr, sums);
     for (int64_t k = 0; k < chunk.steps; ++k) {
       const vec gate = load(z.at(b, from + k) + first, lanes);
       store(out + (from + k) * out_stride, chunk.y[k] * gate * sigmoid(gate), lanes);
@@ -112,16 +122,15 @@ void forward_block(const Rows& x, const Rows& r, const Rows& B, const Rows& C, c
   }
 }
 
-// Goes back through a chunk with T states.
+// Goes through a chunk with T states and back again: what is kept of every step stays in the first-level cache.
 template <int T>
-inline void retreat(const Chunk& chunk, const vec* dy, vec* du, vec* dlog_A, const Rows& B, const Rows& C,
-                    const float* A, float* carry, int64_t n, int64_t N, const float* h, const float* decay, float* dA,
-                    float* dB, float* dC) {
-  vec back[T], A_n[T], dA_n[T], after[T];
+inline void retreat(Chunk& chunk, const vec* dy, vec* du, vec* dlog_A, const Rows<float>& B, const Rows<float>& C, const float* A,
+                    float* state, float* carry, int64_t n, float* dA, float* dB, float* dC) {
+  vec h[(CHUNK + 1) * T], decay[CHUNK * T], back[T], A_n[T], dA_n[T], after[T];
+  advance<T, false>(chunk, B, C, A, state, n, h, decay, Sums{});
   for (int j = 0; j < T; ++j) {
     const int64_t i = (n + j) * V;
-    back[j] = load(carry + i), A_n[j] = load(A + i), dA_n[j] = load(dA + i);
-    after[j] = load(h + (n * (CHUNK + 1) + chunk.steps * T + j) * V);
+    back[j] = load(carry + i), A_n[j] = load(A + i), dA_n[j] = load(dA + i), after[j] = load(state + i);
   }
   for (int64_t k = chunk.steps - 1; k >= 0; --k) {
     const float *B_t = B.at(chunk.b, chunk.from + k) + n, *C_t = C.at(chunk.b, chunk.from + k) + n;
@@ -129,11 +138,11 @@ inline void retreat(const Chunk& chunk, const vec* dy, vec* du, vec* dlog_A, con
     vec du_k = du[k], dlog_k = dlog_A[k];
     for (int j = 0; j < T; ++j) {
       const int64_t i = (n * CHUNK + k * T + j) * V;
-      const vec dh = back[j] + dy_k * C_t[j], before = load(h + (n * (CHUNK + 1) + k * T + j) * V);
+      const vec dh = back[j] + dy_k * C_t[j], before = h[k * T + j];
       store(dC + i, load(dC + i) + dy_k * after[j]);
       store(dB + i, load(dB + i) + dh * u);
       du_k += dh * B_t[j];
-      back[j] = dh * load(decay + i);
+      back[j] = dh * decay[k * T + j];
       const vec dlog = back[j] * before;  // the gradient of dt A
       dlog_k += dlog * A_n[j];
       dA_n[j] += dlog * dt;
@@ -144,38 +153,44 @@ inline void retreat(const Chunk& chunk, const vec* dy, vec* du, vec* dlog_A, con
   for (int j = 0; j < T; ++j) store(carry + (n + j) * V, back[j]), store(dA + (n + j) * V, dA_n[j]);
 }
 
-std::vector<at::Tensor> forward(at::Tensor x, at::Tensor r, at::Tensor A, at::Tensor B, at::Tensor C,
-                                   at::Tensor D, at::Tensor z, bool with_moments) {
+template <typename T>
+std::vector<at::Tensor> forward(const at::Tensor& x, const at::Tensor& r, const at::Tensor& A, const at::Tensor& B,
+                                const at::Tensor& C, const at::Tensor& D, const at::Tensor& z, bool with_moments) {
   const int64_t batch = x.size(0), L = x.size(1), channels = x.size(2), N = A.size(1);
   const int64_t G = (channels + V - 1) / V, chunks = (L + CHUNK - 1) / CHUNK;
   const at::Tensor A_GNV = to_blocks(A), D_V = at::constant_pad_nd(D, {0, G * V - channels}).contiguous();
   at::Tensor out = at::empty({batch, L, channels}, x.options());
-  at::Tensor starts = at::empty({batch, G, chunks, N, V}, x.options());
-  at::Tensor h2 = at::zeros({with_moments ? batch : 0, G, N, V}, x.options()), a2 = at::zeros_like(h2);
-  const Rows xs(x), rs(r), Bs(B), Cs(C), zs(z);
+  at::Tensor starts = at::empty({batch, G, chunks, N, V}, A.options());
+  at::Tensor sums = at::zeros({3, with_moments ? batch : 0, G, N, V}, A.options());
+  const Rows<T> xs(x), zs(z);
+  const Rows<float> rs(r), Bs(B), Cs(C);
   const float *A_ptr = A_GNV.data_ptr<float>(), *D_ptr = D_V.data_ptr<float>();
-  float *out_ptr = out.data_ptr<float>(), *start_ptr = starts.data_ptr<float>();
-  float *h2_ptr = h2.data_ptr<float>(), *a2_ptr = a2.data_ptr<float>();
+  T* out_ptr = out.data_ptr<T>();
+  float* start_ptr = starts.data_ptr<float>();
+  float* sums_ptr = sums.data_ptr<float>();
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(at::get_num_threads())
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t g = 0; g < G; ++g) {
       const int64_t first = g * V, block = b * G + g;
       const int lanes = std::min<int64_t>(V, channels - first);
-      const auto run = with_moments ? forward_block<true> : forward_block<false>;
-      const int64_t sums = with_moments ? block * N * V : 0;
+      const auto run = with_moments ? forward_block<true, T> : forward_block<false, T>;
+      const int64_t size = batch * G * N * V;
+      float* own = sums_ptr + block * N * V;
       run(xs, rs, Bs, Cs, zs, A_ptr + g * N * V, load(D_ptr + first), out_ptr + b * L * channels + first, channels,
-          start_ptr + block * chunks * N * V, h2_ptr + sums, a2_ptr + sums, b, first, lanes, L, N);
+          start_ptr + block * chunks * N * V, with_moments ? Sums{own, own + size, own + 2 * size} : Sums{}, b, first, lanes, L, N);
     }
   }
   if (!with_moments) return {out, starts};
   // Each sequence is summed in float32, the sequences in float64.
-  return {out, starts, from_blocks(h2.sum(0, false, at::kDouble), channels),
-          from_blocks(a2.sum(0, false, at::kDouble), channels)};
+  const at::Tensor totals = sums.sum(1, false, at::kDouble);
+  return {out, starts, from_blocks(totals[0], channels), from_blocks(totals[1], channels),
+          from_blocks(totals[2], channels)};
 }
 
-std::vector<at::Tensor> backward(at::Tensor dout, at::Tensor x, at::Tensor r, at::Tensor A,
-                                    at::Tensor B, at::Tensor C, at::Tensor D, at::Tensor z,
-                                    at::Tensor starts) {
+template <typename T>
+std::vector<at::Tensor> backward(const at::Tensor& dout, const at::Tensor& x, const at::Tensor& r, const at::Tensor& A,
+                                 const at::Tensor& B, const at::Tensor& C, const at::Tensor& D, const at::Tensor& z,
+                                 const at::Tensor& starts) {
   const int64_t batch = x.size(0), L = x.size(1), channels = x.size(2), N = A.size(1);
   const int64_t G = (channels + V - 1) / V, chunks = (L + CHUNK - 1) / CHUNK, NV = N * V;
   const int64_t threads = at::get_num_threads();
@@ -184,22 +199,24 @@ std::vector<at::Tensor> backward(at::Tensor dout, at::Tensor x, at::Tensor r, at
   const int64_t ranges = std::min<int64_t>(G, (threads + batch - 1) / batch);
   const at::Tensor A_GNV = to_blocks(A), D_V = at::constant_pad_nd(D, {0, G * V - channels}).contiguous();
   at::Tensor dx = at::empty({batch, L, channels}, x.options());
-  at::Tensor dr = at::empty_like(dx), dz = at::empty_like(dx);
-  at::Tensor dA = at::zeros({batch, G, N, V}, x.options()), dD = at::zeros({batch, G * V}, x.options());
-  at::Tensor dB = at::empty({ranges, batch, L, N}, x.options()), dC = at::empty_like(dB);
-  const Rows gs(dout), xs(x), rs(r), Bs(B), Cs(C), zs(z);
+  at::Tensor dr = at::empty({batch, L, channels}, r.options()), dz = at::empty_like(dx);
+  at::Tensor dA = at::zeros({batch, G, N, V}, A.options()), dD = at::zeros({batch, G * V}, A.options());
+  at::Tensor dB = at::empty({ranges, batch, L, N}, B.options()), dC = at::empty_like(dB);
+  const Rows<T> gs(dout), xs(x), zs(z);
+  const Rows<float> rs(r), Bs(B), Cs(C);
   const float *A_ptr = A_GNV.data_ptr<float>(), *D_ptr = D_V.data_ptr<float>(), *start_ptr = starts.data_ptr<float>();
-  float *dx_ptr = dx.data_ptr<float>(), *dr_ptr = dr.data_ptr<float>(), *dz_ptr = dz.data_ptr<float>();
+  T *dx_ptr = dx.data_ptr<T>(), *dz_ptr = dz.data_ptr<T>();
+  float* dr_ptr = dr.data_ptr<float>();
   float *dA_ptr = dA.data_ptr<float>(), *dD_ptr = dD.data_ptr<float>();
   float *dB_ptr = dB.data_ptr<float>(), *dC_ptr = dC.data_ptr<float>();
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(at::get_num_threads())
   for (int64_t range = 0; range < ranges; ++range) {
     for (int64_t b = 0; b < batch; ++b) {
       const int64_t g_first = range * G / ranges, g_last = (range + 1) * G / ranges;
-      std::vector<float> carries((g_last - g_first) * NV, 0.f), state(NV), states((CHUNK + 1) * NV), decays(CHUNK * NV);
+      std::vector<float> carries((g_last - g_first) * NV, 0.f), state(NV);
       std::vector<float> dB_lanes(CHUNK * NV), dC_lanes(CHUNK * NV);
       Chunk chunk;
-      vec dy[CHUNK], du[CHUNK], dlog[CHUNK], inputs[CHUNK], slopes[CHUNK];
+      vec dy[CHUNK], du[CHUNK], dlog[CHUNK], inputs[CHUNK], slopes[CHUNK], gates[CHUNK], open[CHUNK], grads[CHUNK];
       for (int64_t index = chunks - 1; index >= 0; --index) {
         const int64_t from = index * CHUNK, steps = std::min<int64_t>(CHUNK, L - from);
         chunk.b = b, chunk.from = from, chunk.steps = steps;
@@ -213,37 +230,35 @@ std::vector<at::Tensor> backward(at::Tensor dout, at::Tensor x, at::Tensor r, at
           for (int64_t k = 0; k < steps; ++k) {
             const vec raw = load(rs.at(b, from + k) + first, lanes);
             inputs[k] = load(xs.at(b, from + k) + first, lanes);
-            chunk.dt[k] = softplus(raw), slopes[k] = sigmoid(raw);
+            chunk.dt[k] = softplus(raw, &slopes[k]);
             chunk.u[k] = chunk.dt[k] * inputs[k], chunk.y[k] = D_block * inputs[k];
           }
           const float* start = start_ptr + ((b * G + g) * chunks + index) * NV;
           std::memcpy(state.data(), start, NV * sizeof(float));
-          advance_all<false>(chunk, Bs, Cs, A_block, state.data(), N, states.data(), decays.data(), nullptr, nullptr);
-          vec dD_block = load(dD_ptr + b * G * V + first);
           for (int64_t k = 0; k < steps; ++k) {
-            const vec gate = load(zs.at(b, from + k) + first, lanes), open = sigmoid(gate);
-            const vec grad = load(gs.at(b, from + k) + first, lanes);
-            store(dz_ptr + (b * L + from + k) * channels + first,
-                  grad * chunk.y[k] * open * (1.f + gate * (1.f - open)), lanes);
-            dy[k] = grad * gate * open, du[k] = vec{}, dlog[k] = vec{};
-            dD_block += dy[k] * inputs[k];
+            gates[k] = load(zs.at(b, from + k) + first, lanes), open[k] = sigmoid(gates[k]);
+            grads[k] = load(gs.at(b, from + k) + first, lanes);
+            dy[k] = grads[k] * gates[k] * open[k], du[k] = dlog[k] = vec{};
           }
-          store(dD_ptr + b * G * V + first, dD_block);
           float *carry = carries.data() + (g - g_first) * NV, *dA_block = dA_ptr + (b * G + g) * NV;
           int64_t n = 0;
           for (; n + TILE <= N; n += TILE) {
-            retreat<TILE>(chunk, dy, du, dlog, Bs, Cs, A_block, carry, n, N, states.data(), decays.data(), dA_block,
-                          dB_lanes.data(), dC_lanes.data());
+            retreat<TILE>(chunk, dy, du, dlog, Bs, Cs, A_block, state.data(), carry, n, dA_block, dB_lanes.data(),
+                          dC_lanes.data());
           }
           for (; n < N; ++n) {
-            retreat<1>(chunk, dy, du, dlog, Bs, Cs, A_block, carry, n, N, states.data(), decays.data(), dA_block,
-                       dB_lanes.data(), dC_lanes.data());
+            retreat<1>(chunk, dy, du, dlog, Bs, Cs, A_block, state.data(), carry, n, dA_block, dB_lanes.data(),
+                       dC_lanes.data());
           }
+          vec dD_block = load(dD_ptr + b * G * V + first);
           for (int64_t k = 0; k < steps; ++k) {
             const int64_t place = (b * L + from + k) * channels + first;
+            store(dz_ptr + place, grads[k] * chunk.y[k] * open[k] * (1.f + gates[k] * (1.f - open[k])), lanes);
+            dD_block += dy[k] * inputs[k];
             store(dx_ptr + place, du[k] * chunk.dt[k] + dy[k] * D_block, lanes);
             store(dr_ptr + place, (dlog[k] * LN2 + du[k] * inputs[k]) * slopes[k], lanes);
           }
+          store(dD_ptr + b * G * V + first, dD_block);
         }
         for (int64_t k = 0; k < steps; ++k) {
           for (int64_t n = 0; n < N; ++n) {
@@ -262,6 +277,12 @@ std::vector<at::Tensor> backward(at::Tensor dout, at::Tensor x, at::Tensor r, at
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(rayduce, m) {
-  m.def("selective_forward", &forward);
-  m.def("selective_backward", &backward);
+  m.def("selective_forward", [](at::Tensor x, at::Tensor r, at::Tensor A, at::Tensor B, at::Tensor C, at::Tensor D,
+                                at::Tensor z, bool with_moments) {
+    return of_type(x, [&](auto zero) { return forward<decltype(zero)>(x, r, A, B, C, D, z, with_moments); });
+  });
+  m.def("selective_backward", [](at::Tensor dout, at::Tensor x, at::Tensor r, at::Tensor A, at::Tensor B, at::Tensor C,
+                                 at::Tensor D, at::Tensor z, at::Tensor starts) {
+    return of_type(x, [&](auto zero) { return backward<decltype(zero)>(dout, x, r, A, B, C, D, z, starts); });
+  });
 }

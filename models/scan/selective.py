@@ -5,11 +5,21 @@ Shapes: B batch, L time, D channels (d_inner), N state.
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from torch import Tensor
 
 from compression.gramians import SelectiveMoments
-from models.scan import selective_cpu, selective_torch
-from models.scan.backends import choose
+from models.scan.backends import Choice, choose
+
+# Loaded when first used: Triton and mamba_ssm are not installed everywhere.
+MODULES: dict[Choice, str] = {
+    "torch": "models.scan.selective_torch",
+    "cpu": "models.scan.selective_cpu",
+    "triton": "models.scan.selective_triton",
+    "mamba_ssm": "models.scan.selective_mamba_ssm",
+    "reference": "models.scan.reference",
+}
 
 
 def selective_scan(
@@ -26,8 +36,9 @@ def selective_scan(
 
         dt = softplus(r)    h_t = exp(dt_t A) h_(t-1) + dt_t x_t B_t    out_t = (C_t h_t + D x_t) silu(z_t)
 
-    All tensors share one floating dtype, which the result (B, L, D) has too. With `moments`, the sums of this batch
-    are added to it; that changes neither result nor gradients.
+    x, r, B, C and z share one floating dtype, which the result (B, L, D) has too; next to bfloat16, A and D are
+    float32. With `moments`, the sums of this batch are added to it; that changes neither result nor gradients.
     """
-    scan = selective_cpu.selective_scan if choose(x_BLD) == "cpu" else selective_torch.selective_scan
-    return scan(x_BLD, r_BLD, A_DN, B_BLN, C_BLN, D_D, z_BLD, moments)
+    scan = import_module(MODULES[choose(x_BLD, mamba_ssm=moments is None)]).selective_scan
+    out_BLD: Tensor = scan(x_BLD, r_BLD, A_DN, B_BLN, C_BLN, D_D, z_BLD, moments)
+    return out_BLD

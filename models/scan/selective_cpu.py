@@ -1,4 +1,4 @@
-"""Mamba-1's selective scan through the C++ kernels, float32 on a CPU.
+"""Mamba-1's selective scan through the C++ kernels on a CPU.
 
 Shapes: B batch, L time, D channels (d_inner), N state.
 """
@@ -25,10 +25,10 @@ def selective_scan(
     z_BLD: Tensor,
     moments: SelectiveMoments | None,
 ) -> Tensor:
-    """As `models.scan.selective.selective_scan`, in float32."""
-    x_BLD, r_BLD, B_BLN, C_BLN, z_BLD = (rows(part) for part in (x_BLD, r_BLD, B_BLN, C_BLN, z_BLD))
+    """As `models.scan.selective.selective_scan`, in float32 or bfloat16."""
+    # The wide sequences x and z are read as they are; r, B and C, smaller or more delicate, in float32.
     out_BLD: Tensor = _SelectiveScan.apply(  # type: ignore[no-untyped-call]
-        x_BLD, r_BLD, A_DN, B_BLN, C_BLN, D_D, z_BLD, moments
+        rows(x_BLD), *(rows(part.float()) for part in (r_BLD, A_DN, B_BLN, C_BLN, D_D)), rows(z_BLD), moments
     )
     return out_BLD
 
@@ -49,10 +49,8 @@ class _SelectiveScan(torch.autograd.Function):
         tensors = (x_BLD, r_BLD, A_DN, B_BLN, C_BLN, D_D, z_BLD)
         out_BLD, starts, *sums = kernels().selective_forward(*tensors, moments is not None)
         if moments is not None:
-            moments.h2_DN += sums[0]
-            moments.a2_DN += sums[1]
-            moments.c2_N += C_BLN.square().sum((0, 1))
-            moments.tokens += C_BLN.shape[0] * C_BLN.shape[1]
+            h2_DN, a2_DN, hc2_DN = sums
+            moments.add(h2_DN, a2_DN, hc2_DN, C_BLN)
         ctx.save_for_backward(*tensors, starts)
         return out_BLD  # type: ignore[no-any-return]
 

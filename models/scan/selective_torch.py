@@ -28,9 +28,10 @@ def selective_scan(
     z_BLD: Tensor,
     moments: SelectiveMoments | None,
 ) -> Tensor:
-    """As `models.scan.selective.selective_scan`, in any floating dtype."""
-    y_BLD = streaming_scan(x_BLD, F.softplus(r_BLD), A_DN, B_BLN, C_BLN, moments)
-    return (y_BLD + D_D * x_BLD) * F.silu(z_BLD)
+    """As `models.scan.selective.selective_scan`, in any floating dtype; states have that of A."""
+    x, r, B, C, z = (part.to(A_DN.dtype) for part in (x_BLD, r_BLD, B_BLN, C_BLN, z_BLD))
+    y_BLD = streaming_scan(x, F.softplus(r), A_DN, B, C, moments)
+    return ((y_BLD + D_D * x) * F.silu(z)).to(x_BLD.dtype)
 
 
 def streaming_scan(
@@ -74,14 +75,13 @@ class _SelectiveScan(torch.autograd.Function):
             chunk = slice(start, start + CHUNK)
             starts.append(h_BDN)
             decay_KBDN, h_KBDN = _chunk_states(x_LBD[chunk], dt_LBD[chunk], A_DN, B_LBN[chunk], h_BDN)
-            y_LBD[chunk] = (h_KBDN @ C_LBN[chunk].unsqueeze(-1)).squeeze(-1)
+            C_KBN = C_LBN[chunk]
+            y_LBD[chunk] = (h_KBDN @ C_KBN.unsqueeze(-1)).squeeze(-1)
             h_BDN = h_KBDN[-1].clone()
             if moments is not None:
-                moments.h2_DN += h_KBDN.square().sum((0, 1))
-                moments.a2_DN += decay_KBDN.square().sum((0, 1))
-        if moments is not None:
-            moments.c2_N += C_LBN.square().sum((0, 1))
-            moments.tokens += C_LBN.shape[0] * C_LBN.shape[1]
+                h2_KBDN = h_KBDN.square()
+                hc2_DN = (h2_KBDN * C_KBN.square().unsqueeze(2)).sum((0, 1))
+                moments.add(h2_KBDN.sum((0, 1)), decay_KBDN.square().sum((0, 1)), hc2_DN, C_KBN)
         ctx.save_for_backward(x_LBD, dt_LBD, A_DN, B_LBN, C_LBN, *starts)
         return y_LBD.transpose(0, 1)
 
