@@ -39,27 +39,39 @@ class SelectiveMoments:
     h2_DN: Tensor  # sum of the squared state
     a2_DN: Tensor  # sum of the squared decay exp(dt A)
     c2_N: Tensor  # sum of the squared output projection
+    hc2_N: Tensor  # sum of the squared contribution to the output, over channels too
 
     @classmethod
     def zeros(cls, d_inner: int, d_state: int, device: torch.device | str = "cpu") -> SelectiveMoments:
         def zero(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        return cls(zero(), zero(d_inner, d_state), zero(d_inner, d_state), zero(d_state))
+        return cls(zero(), zero(d_inner, d_state), zero(d_inner, d_state), zero(d_state), zero(d_state))
 
     @property
     def d_state(self) -> int:
         return self.c2_N.numel()
 
+    def add(self, h2_DN: Tensor, a2_DN: Tensor, hc2_DN: Tensor, C: Tensor) -> None:
+        """Add sums over some tokens, of any floating dtype; `C` (..., N) holds those tokens' output projections."""
+        self.tokens += C.numel() // C.shape[-1]
+        self.h2_DN += h2_DN
+        self.a2_DN += a2_DN
+        self.c2_N += C.double().square().flatten(0, -2).sum(0)
+        self.hc2_N += hc2_DN.double().sum(0)
+
     def to_vector(self) -> Tensor:
         """All sums in one float64 vector, for one reduction over the workers."""
-        return torch.cat([part.reshape(-1) for part in (self.tokens, self.h2_DN, self.a2_DN, self.c2_N)])
+        return torch.cat([part.reshape(-1) for part in self._parts()])
 
     def from_vector(self, vector: Tensor) -> SelectiveMoments:
         """The inverse of `to_vector`, with the shapes of this object."""
-        parts = (self.tokens, self.h2_DN, self.a2_DN, self.c2_N)
+        parts = self._parts()
         pieces = torch.split(vector, [part.numel() for part in parts])
         return SelectiveMoments(*(piece.reshape(part.shape) for piece, part in zip(pieces, parts, strict=True)))
+
+    def _parts(self) -> tuple[Tensor, ...]:
+        return self.tokens, self.h2_DN, self.a2_DN, self.c2_N, self.hc2_N
 
 
 Statistics = LTISystem | SelectiveMoments

@@ -48,6 +48,12 @@ class TrainConfig(_Part):
     betas: tuple[Share, Share] = Field((0.9, 0.95), description="Adam's averaging coefficients.")
     weight_decay: float = Field(0.1, ge=0, description="Of weight matrices; never of state-space parameters.")
     grad_clip: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 for no clipping.")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Of matrix products and what they give; parameters, states and optimizer stay float32."
+    )
+    activation_checkpointing: bool = Field(
+        False, description="Recompute each block in the backward pass instead of keeping its activations."
+    )
     eval_every: int = Field(100, ge=1, description="Steps between evaluations on held-out data.")
     eval_batches: int = Field(8, ge=1, description="Held-out batches of batch_size per evaluation.")
     log_every: int = Field(10, ge=1, description="Steps between reports of loss and speed.")
@@ -92,15 +98,17 @@ class ClusterConfig(_Part):
     cpus_per_worker: int = Field(1, ge=1, description="CPU cores, and threads, per worker.")
     use_gpu: bool = Field(False, description="One GPU per worker.")
     zero_stage: Literal[1, 2] = Field(2, description="DeepSpeed ZeRO stage.")
-    scan: Literal["auto", "torch", "cpu"] = Field(
-        "auto", description="What computes recurrences: torch, or C++ on CPUs."
+    scan: Literal["auto", "torch", "cpu", "triton", "mamba_ssm"] = Field(
+        "auto", description="What computes recurrences: torch, C++ on CPUs, Triton or mamba_ssm on GPUs."
     )
     timeout_s: int = Field(300, ge=1, le=86400, description="How long workers wait for each other, in seconds.")
 
     @model_validator(mode="after")
     def _kernels_fit_the_device(self) -> ClusterConfig:
-        if self.use_gpu and self.scan == "cpu":
-            raise ValueError("scan cpu needs use_gpu false; on GPUs scan must be auto or torch")
+        others = ("cpu",) if self.use_gpu else ("triton", "mamba_ssm")
+        if self.scan in others:
+            valid = "auto, torch, triton or mamba_ssm" if self.use_gpu else "auto, torch or cpu"
+            raise ValueError(f"scan {self.scan} needs use_gpu {str(not self.use_gpu).lower()}; here it must be {valid}")
         return self
 
 
@@ -139,10 +147,9 @@ class RunConfig(_Part):
             )
         if self.truncation is not None:
             dim = self.truncation.target.dim
-            if dim is not None and dim > self.model.d_state:
-                raise ValueError(
-                    f"truncation.target.dim {dim} must lie between 1 and model.d_state {self.model.d_state}"
-                )
+            largest = max(self.model.state_dims)
+            if dim is not None and dim > largest:
+                raise ValueError(f"truncation.target.dim {dim} must lie between 1 and model.d_state {largest}")
             probes = self.probe_steps
             if probes[-1] > self.train.steps:
                 raise ValueError(
@@ -176,6 +183,7 @@ RESUMABLE = (
     "data_root",
     "cluster",
     "tracking",
+    "train.activation_checkpointing",
     "train.eval_every",
     "train.log_every",
     "train.checkpoint_every",
@@ -308,8 +316,8 @@ def _sentence(error: ValidationError) -> str:
 
 
 def _is_tag(location: Sequence[Any], index: int) -> bool:
-    """pydantic puts the chosen variant of a tagged union into the location, where no setting of that name is."""
-    return index == 1 and location[0] in ("model", "data")
+    """pydantic puts the chosen variant of a union into the location, where no setting of that name is."""
+    return (index == 1 and location[0] in ("model", "data")) or location[index - 1] == "d_state"
 
 
 def _valid_keys(location: Sequence[Any]) -> list[str]:

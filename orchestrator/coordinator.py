@@ -42,10 +42,10 @@ class Coordinator:
     """Fenced by (attempt, step, rank): duplicates change nothing, stragglers of a dead attempt are refused."""
 
     def __init__(
-        self, target: Target | None, initial_dim: int, n_layers: int, probes: Sequence[int], timeout_s: float
+        self, target: Target | None, initial_dims: Sequence[int], probes: Sequence[int], timeout_s: float
     ) -> None:
         self._target = target
-        self._initial_dims = [initial_dim] * n_layers
+        self._initial_dims = list(initial_dims)
         self._probes = list(probes)
         self._timeout_s = timeout_s
         self._attempt = 0

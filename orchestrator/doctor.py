@@ -48,6 +48,9 @@ def format_findings(findings: Sequence[Finding]) -> str:
     return "\n".join([*lines, "", verdict])
 
 
+SLOWER = "no C++ kernels can be built: training on CPUs works, several times slower"
+
+
 def _python() -> Finding:
     good, version = (3, 11) <= sys.version_info < (3, 14), ".".join(map(str, sys.version_info[:3]))
     return Finding("Python", "ok" if good else "missing", version, "" if good else "use Python 3.11 to 3.13")
@@ -59,9 +62,9 @@ def _compiler() -> Finding:
     if path := shutil.which(chosen):
         return Finding("C++ compiler", "ok", _version_of(path))
     if other := shutil.which("g++"):
-        return Finding("C++ compiler", "missing", f"{chosen} is not on PATH, g++ is", f"export CXX={other}")
-    detail = f"neither {chosen} nor g++ on PATH; DeepSpeed's CPU collective and the scans are built with it"
-    return Finding("C++ compiler", "missing", detail, "install g++ (Debian, Ubuntu: apt install g++)")
+        return Finding("C++ compiler", "note", f"{chosen} is not on PATH, g++ is; {SLOWER}", f"export CXX={other}")
+    detail = f"neither {chosen} nor g++ on PATH; {SLOWER}"
+    return Finding("C++ compiler", "note", detail, "install g++ (Debian, Ubuntu: apt install g++)")
 
 
 def _headers() -> Finding:
@@ -75,7 +78,7 @@ def _ninja() -> Finding:
         return Finding("ninja", "ok", _version_of(path))
     beside = Path(sys.executable).with_name("ninja")
     remedy = f"put {beside.parent} on PATH, or activate that environment" if beside.is_file() else REINSTALL
-    return Finding("ninja", "missing", "not on PATH; torch builds C++ kernels with it", remedy)
+    return Finding("ninja", "note", f"not on PATH; {SLOWER}", remedy)
 
 
 def _version_of(program: str) -> str:

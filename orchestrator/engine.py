@@ -15,14 +15,13 @@ from torch import Tensor
 from compression.gramians import Statistics
 from compression.truncation import TruncationPlan
 from models.heads import SequenceModel
-from models.mamba import MambaConfig
 from models.registry import ClassificationTask, Task, build_model
 from models.scan import backends
 from orchestrator.config import RunConfig, TrainConfig
 from orchestrator.data.batches import Batch
 from orchestrator.group import Group
 from orchestrator.sharded_state import ShardedState, States, parameter_groups
-from orchestrator.zero import create_optimizer_state, read_state, write_state
+from orchestrator.zero import avoid_impossible_builds, create_optimizer_state, read_state, write_state
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:
@@ -42,6 +41,7 @@ class Engine:
         self._config = config
         self._task = task
         self._group = group
+        avoid_impossible_builds()
         self._build(state_dims)
 
     def step(self, batch: Batch, step: int) -> Tensor:
@@ -110,9 +110,7 @@ class Engine:
     @property
     def scans(self) -> str:
         """What computes the recurrences, in words for a person."""
-        if isinstance(self._config.model, MambaConfig):
-            return backends.describe(self._group.device)
-        return "scans in plain torch"
+        return backends.describe(self._group.device)
 
     @property
     def parameter_count(self) -> int:
@@ -133,6 +131,7 @@ class Engine:
         torch.manual_seed(self._config.seed)
         self._model: SequenceModel = build_model(self._config.model, self._task, state_dims).to(self._group.device)
         train = self._config.train
+        self._model.backbone.activation_checkpointing = train.activation_checkpointing
         optimizer = torch.optim.AdamW(_optimizer_groups(self._model, train), lr=train.lr, betas=train.betas)
         self._engine, *_ = deepspeed.initialize(
             model=self._model,
@@ -185,6 +184,12 @@ def _deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.train.grad_clip,
         "zero_optimization": {"stage": config.cluster.zero_stage},
+        # No module's gradients are rounded on their way between the workers.
+        "torch_autocast": {
+            "enabled": config.train.precision == "bfloat16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }

@@ -34,7 +34,7 @@ class Follower:
         self._coordinator = coordinator
         self._tracker = tracker
         self._terminal = terminal
-        self._dims: list[float] = [config.model.d_state] * config.model.n_layers
+        self._dims: list[float] = [*config.model.state_dims]
         self._recent: deque[dict[str, float]] = deque(maxlen=10)
         self._val_loss: float | None = None
         self._stop = threading.Event()

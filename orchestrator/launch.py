@@ -93,8 +93,7 @@ def _train(config: RunConfig, folder: Path, earlier: Earlier | None, tracker: Tr
         .options(num_cpus=0)
         .remote(
             config.truncation.target if config.truncation else None,
-            config.model.d_state,
-            config.model.n_layers,
+            config.model.state_dims,
             config.probe_steps,
             config.cluster.timeout_s,
         )

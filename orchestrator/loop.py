@@ -82,7 +82,7 @@ class Worker:
     def _restore(self, path: Path | None, task: Task) -> Engine:
         config = self.config
         if path is None:
-            return Engine(config, task, [config.model.d_state] * config.model.n_layers, self.group)
+            return Engine(config, task, config.model.state_dims, self.group)
         manifest = checkpoint.read_manifest(path)  # the driver has verified the checkpoint
         engine = Engine(config, task, manifest.state_dims, self.group)
         engine.load(checkpoint.load(path, manifest, self.group))

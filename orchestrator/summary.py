@@ -33,7 +33,7 @@ def write_summary(
         values = [row[key] for row in rows if key in row and low < row["step"] <= high]
         return statistics.median(values) if values else None
 
-    initial = [config.model.d_state] * config.model.n_layers
+    initial = config.model.state_dims
     held_out = [row for row in rows if "val_loss" in row]
     summary = {
         "name": folder.name,

@@ -6,9 +6,12 @@ that touches DeepSpeed's inner attributes.
 
 from __future__ import annotations
 
+import shlex
+import shutil
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 
+import deepspeed
 import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import (
@@ -18,6 +21,7 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
 )
 from torch import Tensor, nn
+from torch.utils.cpp_extension import get_cxx_compiler, is_ninja_available
 
 from compression.moments import ParameterState
 from orchestrator.group import Group
@@ -25,6 +29,13 @@ from orchestrator.sharded_state import ShardedState, States, assign_owners
 
 # `create_optimizer_state` relies on attributes of this series.
 assert version("deepspeed").startswith("0.19."), f"written for DeepSpeed 0.19, found {version('deepspeed')}"
+
+
+def avoid_impossible_builds() -> None:
+    """Leave collectives to gloo where nothing can be compiled: DeepSpeed builds its own for CPUs, and else fails."""
+    compiler = shlex.split(get_cxx_compiler())[0]  # type: ignore[no-untyped-call]
+    if shutil.which(compiler) is None or not is_ninja_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def create_optimizer_state(optimizer: DeepSpeedZeroOptimizer) -> None:

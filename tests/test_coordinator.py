@@ -25,7 +25,7 @@ def moments(seed: int) -> SelectiveMoments:
     def draw(*shape: int) -> torch.Tensor:
         return torch.rand(shape, generator=generator, dtype=torch.float64)
 
-    return SelectiveMoments(torch.tensor(1.0, dtype=torch.float64), draw(3, 8), draw(3, 8), draw(8))
+    return SelectiveMoments(torch.tensor(1.0, dtype=torch.float64), draw(3, 8), draw(3, 8), draw(8), draw(8))
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def submit(local_ray: None) -> Callable[..., Any]:
 
 
 def submitter(timeout_s: float) -> Callable[..., Any]:
-    actor = ray.remote(Coordinator).options(num_cpus=0).remote(Target(dim=3), 8, 2, [STEP], timeout_s)
+    actor = ray.remote(Coordinator).options(num_cpus=0).remote(Target(dim=3), [8, 8], [STEP], timeout_s)
     assert ray.get(actor.begin_attempt.remote(WORKERS)) == 1
 
     def ask(rank: int, attempt: int = 1, part: SelectiveMoments | None = None) -> Any:

@@ -184,7 +184,7 @@ def test_moments_survive_the_way_through_a_vector() -> None:
     vector = moments.to_vector()
     D, N = layer.d_inner, CONFIG.d_state
     assert vector.dtype == torch.float64
-    assert vector.shape == (1 + 2 * D * N + N,)
+    assert vector.shape == (1 + 2 * D * N + 2 * N,)
     back = SelectiveMoments.zeros(D, N).from_vector(vector)
     for name, part in vars(moments).items():
         assert torch.equal(getattr(back, name), part), name
@@ -223,6 +223,7 @@ def test_selective_gramians_of_a_constant_system() -> None:
         torch.full((2, 2), 7.0 * tokens, dtype=torch.float64),
         decay_DN.square() * tokens,
         c_N.square() * tokens,
+        torch.zeros(2, dtype=torch.float64),
     )
     controllability_DN, observability_DN = selective_gramians(moments)
     torch.testing.assert_close(controllability_DN, torch.full((2, 2), 7.0, dtype=torch.float64))
@@ -231,7 +232,7 @@ def test_selective_gramians_of_a_constant_system() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("part", ["tokens", "h2_DN", "a2_DN", "c2_N"])
+@pytest.mark.parametrize("part", ["tokens", "h2_DN", "a2_DN", "c2_N", "hc2_N"])
 def test_selective_moments_that_are_not_finite_are_refused(part: str, value: float) -> None:
     layer, x_BLM = mamba_and_batch()
     moments = moments_of(layer, x_BLM)

@@ -24,13 +24,11 @@ from models.layer import TruncatableLayer
 from models.lru import LRU, LRUConfig
 from models.mamba import Mamba, MambaConfig
 from models.registry import ClassificationTask, LanguageTask, build_model
-from models.scan import linear, selective_torch
-from models.scan.linear import linear_scan
+from models.scan import reference, selective_torch
 from tests.systems import frequency_response, largest_gain, nearly_defective_system
 
 F64 = torch.float64
 CHUNK = selective_torch.CHUNK
-LINEAR_CHUNK = linear.CHUNK
 
 Arguments = tuple[Tensor, ...]
 
@@ -38,55 +36,6 @@ Arguments = tuple[Tensor, ...]
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     actual, expected = actual.detach(), expected.detach()
     return float((actual - expected).norm() / expected.norm().clamp_min(torch.finfo(F64).tiny))
-
-
-# --- linear scan ---
-
-
-def linear_arguments(length: int, d_state: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, of which the first is zero and the second real, and a complex input, in complex128."""
-    generator = torch.Generator().manual_seed(seed)
-    eigenvalues_N = torch.polar(
-        torch.rand(d_state, dtype=F64, generator=generator) * 0.5 + 0.49,
-        torch.rand(d_state, dtype=F64, generator=generator) * 6,
-    )
-    eigenvalues_N[:2] = torch.tensor([0, 0.99][:d_state], dtype=torch.complex128)
-    return eigenvalues_N, torch.randn(2, length, d_state, dtype=torch.complex128, generator=generator)
-
-
-def naive_linear_scan(eigenvalues_N: Tensor, u_BLN: Tensor) -> Tensor:
-    h_BN = torch.zeros_like(u_BLN[:, 0])
-    states = []
-    for t in range(u_BLN.shape[1]):
-        h_BN = eigenvalues_N * h_BN + u_BLN[:, t]
-        states.append(h_BN)
-    return torch.stack(states, dim=1)
-
-
-@pytest.mark.parametrize("d_state", [1, 4])
-@pytest.mark.parametrize("length", [1, LINEAR_CHUNK - 1, LINEAR_CHUNK, LINEAR_CHUNK + 1, 5 * LINEAR_CHUNK + 3])
-def test_linear_scan_equals_the_recurrence(length: int, d_state: int) -> None:
-    eigenvalues_N, u_BLN = linear_arguments(length, d_state)
-    expected_BLN = naive_linear_scan(eigenvalues_N, u_BLN)
-    torch.testing.assert_close(linear_scan(eigenvalues_N, u_BLN), expected_BLN, rtol=1e-12, atol=1e-12)
-    rounded_BLN = linear_scan(eigenvalues_N.to(torch.complex64), u_BLN.to(torch.complex64))
-    assert rounded_BLN.dtype == torch.complex64
-    assert relative_error(rounded_BLN.to(torch.complex128), expected_BLN) < 1e-5
-
-
-@pytest.mark.parametrize("length", [1, 5, LINEAR_CHUNK + 2])
-def test_linear_scan_gradients(length: int) -> None:
-    """With an eigenvalue of zero too; gradcheck for short sequences, the naive gradient for all."""
-    eigenvalues_N, u_BLN = (part.requires_grad_() for part in linear_arguments(length))
-    if length <= 5:
-        assert torch.autograd.gradcheck(linear_scan, (eigenvalues_N, u_BLN))
-    weights_BLN = linear_arguments(length, seed=1)[1]
-    actual, expected = (
-        torch.autograd.grad((scan(eigenvalues_N, u_BLN) * weights_BLN).real.sum(), (eigenvalues_N, u_BLN))
-        for scan in (linear_scan, naive_linear_scan)
-    )
-    for grad, expected_grad in zip(actual, expected, strict=True):
-        torch.testing.assert_close(grad, expected_grad, rtol=1e-10, atol=1e-10)
 
 
 # --- layers ---
@@ -137,8 +86,9 @@ def test_lru_follows_its_definition() -> None:
     layer = lru()
     x_BLH = sequence(4)
     system = layer.finish_statistics()
-    h_BLN = naive_linear_scan(system.eigenvalues_N, x_BLH.to(torch.complex128) @ system.B_NH.T)
-    y_BLH = (h_BLN @ system.C_HN.T).real + layer.D * x_BLH
+    a_N, B_NH, C_HN = system.eigenvalues_N, system.B_NH, system.C_HN
+    parts = (a_N.real, a_N.imag, B_NH.real, B_NH.imag, C_HN.real, C_HN.imag)
+    y_BLH = reference.linear_recurrence(x_BLH, *parts) + layer.D * x_BLH
     value_BLH, gate_BLH = layer.glu(F.gelu(y_BLH)).split(4, dim=-1)
     torch.testing.assert_close(layer(x_BLH), value_BLH * gate_BLH.sigmoid())
 

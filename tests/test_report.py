@@ -211,17 +211,16 @@ def find(subject: str) -> Finding:
     return next(finding for finding in examine() if finding.subject == subject)
 
 
-def test_doctor_misses_the_compiler_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_notes_that_there_is_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     findings = {finding.subject: finding for finding in examine()}
-    assert findings["C++ compiler"].state == findings["ninja"].state == "missing"
+    assert findings["C++ compiler"].state == findings["ninja"].state == "note"
     text = format_findings(list(findings.values()))
     assert findings["C++ compiler"].remedy in text
-    assert "Missing: C++ compiler, ninja" in text
 
 
-@pytest.mark.parametrize(("name", "state"), [("c++", "ok"), ("g++", "missing")])
+@pytest.mark.parametrize(("name", "state"), [("c++", "ok"), ("g++", "note")])
 def test_doctor_judges_a_compiler_as_torch_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, state: str
 ) -> None:

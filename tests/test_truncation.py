@@ -66,7 +66,8 @@ def selective_moments(d_state: int = 8, seed: int = 0) -> SelectiveMoments:
         return torch.rand(shape, dtype=torch.float64, generator=generator)
 
     tokens = torch.tensor(1.0, dtype=torch.float64)
-    return SelectiveMoments(tokens, positive(4, d_state), 0.99 * positive(4, d_state), positive(d_state))
+    sums = (positive(4, d_state), 0.99 * positive(4, d_state), positive(d_state), positive(d_state))
+    return SelectiveMoments(tokens, *sums)
 
 
 # --- balanced truncation ---
