@@ -65,7 +65,8 @@ class Mamba(TruncatableLayer):
         self.out_proj.weight /= math.sqrt(n_layers)
 
     def forward(self, x_BLM: Tensor) -> Tensor:
-        x_BLD, z_BLD = self.in_proj(x_BLM).chunk(2, dim=-1)
+        # Two products: the gradients of the halves of one would have to be put together, a copy of the widest tensor.
+        x_BLD, z_BLD = (F.linear(x_BLM, half_DM) for half_DM in self.in_proj.weight.chunk(2))
         assert self.conv1d.bias is not None
         x_BLD = causal_conv_silu(x_BLD, self.conv1d.weight, self.conv1d.bias)
         dt_BLR, B_BLN, C_BLN = self.x_proj(x_BLD).split([self.dt_rank, self.d_state, self.d_state], dim=-1)

@@ -24,6 +24,8 @@ def selective_scan(
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # type: ignore[import-not-found]
 
     assert moments is None, "mamba_ssm does not tell of its states"
-    x_BDL, r_BDL, B_BNL, C_BNL, z_BDL = (part.transpose(1, 2) for part in (x_BLD, r_BLD, B_BLN, C_BLN, z_BLD))
+    x_BDL, r_BDL, B_BNL, C_BNL, z_BDL = (
+        part.to(x_BLD.dtype).transpose(1, 2) for part in (x_BLD, r_BLD, B_BLN, C_BLN, z_BLD)
+    )
     out_BDL: Tensor = selective_scan_fn(x_BDL, r_BDL, A_DN, B_BNL, C_BNL, D_D, z=z_BDL, delta_softplus=True)
     return out_BDL.transpose(1, 2)
