@@ -1,6 +1,6 @@
 """The blocks and steps that are compared: ours, other libraries', a plain loop, and floors that no scan can beat.
 
-All Mamba blocks take the same parameter names, so ours can lend its weights to every other.
+All blocks of one kind take the same parameter names, so ours can lend its weights to every other.
 
 Shapes: B batch, L time, M d_model, D d_inner, N d_state, R dt_rank, H LRU width.
 """
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from benchmarks.measure import SEED, Shape, Step
 from models.lru import LRU, LRUConfig
 from models.mamba import Mamba, MambaConfig
+from models.mamba2 import Mamba2, Mamba2Config
 from models.registry import ClassificationTask, build_model
 
 D_MODEL = 256
@@ -45,6 +46,24 @@ def transformers(d_state: int) -> nn.Module:
     logging.set_verbosity_error()  # type: ignore[no-untyped-call, unused-ignore]
     config: Any = MambaConfig(hidden_size=D_MODEL, state_size=d_state, num_hidden_layers=1, use_mambapy=True)
     mixer: nn.Module = MambaMixer(config, layer_idx=0)
+    return mixer
+
+
+def our_mamba2(d_state: int) -> nn.Module:
+    torch.manual_seed(SEED)
+    return Mamba2(Mamba2Config(kind="mamba2", n_layers=1, d_model=D_MODEL, d_state=d_state), d_state)
+
+
+def transformers_mamba2(d_state: int) -> nn.Module:
+    """transformers' mixer in plain torch, with its own chunk length."""
+    from transformers import Mamba2Config, logging
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call, unused-ignore]
+    config: Any = Mamba2Config(
+        hidden_size=D_MODEL, state_size=d_state, expand=2, head_dim=64, num_heads=2 * D_MODEL // 64, n_groups=1
+    )
+    mixer: nn.Module = Mamba2Mixer(config, layer_idx=0)
     return mixer
 
 
@@ -83,13 +102,11 @@ class NaiveMamba(nn.Module):
         return out_BLM
 
 
-def matrix_products(d_state: int, shape: Shape) -> Step:
-    """The four projections of our block, forward and backward, on contiguous inputs: no bias, nothing between."""
-    block = ours(d_state)
-    assert isinstance(block, Mamba)
+def matrix_products(block: nn.Module, shape: Shape) -> Step:
+    """The projections of a block, forward and backward, on contiguous inputs: no bias, nothing between."""
     generator = torch.Generator().manual_seed(SEED)
     tokens = shape.batch * shape.length
-    weights = [layer.weight for layer in (block.in_proj, block.x_proj, block.dt_proj, block.out_proj)]
+    weights = [layer.weight for layer in block.modules() if isinstance(layer, nn.Linear)]
     inputs = [torch.randn(tokens, w.shape[1], generator=generator, requires_grad=True) for w in weights]
     gradients = [torch.randn(tokens, w.shape[0], generator=generator) for w in weights]
 

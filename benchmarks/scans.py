@@ -25,24 +25,25 @@ from models.mamba import Mamba
 
 RESULTS = Path(__file__).resolve().parent / "results" / "latest.json"
 BLOCK = Shape(batch=8, length=256, width=peers.D_MODEL)
+LONG_BLOCK = Shape(batch=8, length=1024, width=peers.D_MODEL)
 
 
-def block_beside(d_state: int, builds: Sequence[Build], seconds: float) -> Duel:
-    """Our Mamba-1 block beside others with its weights; the first, untimed call proves that the work is equal."""
-    ours = BlockPass(peers.ours(d_state), BLOCK)
+def block_beside(build_ours: Build, shape: Shape, d_state: int, builds: Sequence[Build], seconds: float) -> Duel:
+    """Our block beside others with its weights; the first, untimed call proves that the work is equal."""
+    ours = BlockPass(build_ours(d_state), shape)
     ours()
     others = {}
     for build in builds:
         other = build(d_state)
         other.load_state_dict(ours.block.state_dict())
-        others[build.__name__] = BlockPass(other, BLOCK)
+        others[build.__name__] = BlockPass(other, shape)
         others[build.__name__]()
         ours.assert_same_work(others[build.__name__])
     return duel(ours, others, seconds)
 
 
-def block_beside_products(d_state: int, seconds: float) -> Duel:
-    ours, products = BlockPass(peers.ours(d_state), BLOCK), peers.matrix_products(d_state, BLOCK)
+def block_beside_products(build: Build, shape: Shape, d_state: int, seconds: float) -> Duel:
+    ours, products = BlockPass(build(d_state), shape), peers.matrix_products(build(d_state), shape)
     ours()
     products()
     return duel(ours, {"its matrix products": products}, seconds)
@@ -99,18 +100,22 @@ LIBRARIES = (peers.mambapy, peers.transformers)
 SMNIST = peers.LRUTask(d_state=256, d_model=8, n_features=1, batch=50, length=784)
 SCIFAR = peers.LRUTask(d_state=384, d_model=512, n_features=3, batch=4, length=1024)
 MEMORY = partial(duel_for_memory, peers.ours, peers.mambapy, 128, BLOCK)
+BESIDE = partial(block_beside, peers.ours, BLOCK)
+BESIDE2 = partial(block_beside, peers.our_mamba2, LONG_BLOCK, 128, [peers.transformers_mamba2])
+PRODUCTS = partial(block_beside_products, peers.ours, BLOCK)
 ROWS = (
-    Row("Mamba-1 block N=16, times faster than torch libraries", partial(block_beside, 16, LIBRARIES), 12, 20, 40),
-    Row("Mamba-1 block N=128, times faster than torch libraries", partial(block_beside, 128, LIBRARIES), 65, 90, 100),
-    Row("Mamba-1 block N=16, times faster than a loop", partial(block_beside, 16, [peers.naive]), 10, 16, 30),
-    Row("Mamba-1 block N=128, times faster than a loop", partial(block_beside, 128, [peers.naive]), 38, 50, 50),
-    Row("Mamba-1 block N=12, times its matrix products", partial(block_beside_products, 12), 2.2, 1.6, 15, AT_MOST),
-    Row("Mamba-1 block N=128, times its matrix products", partial(block_beside_products, 128), 3.5, 2.7, 15, AT_MOST),
+    Row("Mamba-1 block N=16, times faster than torch libraries", partial(BESIDE, 16, LIBRARIES), 12, 20, 40),
+    Row("Mamba-1 block N=128, times faster than torch libraries", partial(BESIDE, 128, LIBRARIES), 65, 90, 100),
+    Row("Mamba-1 block N=16, times faster than a loop", partial(BESIDE, 16, [peers.naive]), 10, 16, 30),
+    Row("Mamba-1 block N=128, times faster than a loop", partial(BESIDE, 128, [peers.naive]), 38, 50, 50),
+    Row("Mamba-1 block N=12, times its matrix products", partial(PRODUCTS, 12), 2.2, 1.6, 15, AT_MOST),
+    Row("Mamba-1 block N=128, times its matrix products", partial(PRODUCTS, 128), 3.5, 2.7, 15, AT_MOST),
     Row("Mamba-1 block cut from N=128 to 12, times faster", partial(block_after_cut, 128, 12), 1.9, 2.5, 15),
     Row("Mamba-1 block N=128, times mambapy's peak memory", MEMORY, 1 / 6, 1 / 8, 75, AT_MOST),
     Row(
         "Mamba-1 block N=64 with statistics, times without", partial(block_with_statistics, 64), 1.15, 1.05, 15, AT_MOST
     ),
+    Row("Mamba-2 block N=128 headdim 64 L=1024, times faster than transformers", BESIDE2, 6, 12, 40),
     Row("LRU step N=256 H=8 L=784 B=50, times without recurrence", partial(lru_step, SMNIST), 2.1, 1.7, 20, AT_MOST),
     Row("LRU step N=384 H=512 L=1024 B=4, times without recurrence", partial(lru_step, SCIFAR), 1.8, 1.4, 20, AT_MOST),
 )
@@ -178,7 +183,7 @@ def head() -> str:
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "mambapy", "transformers"))
     return (
         f"{versions}; {cpu_model()}, {torch.get_num_threads()} threads\n"
-        f"float32, forward and backward; Mamba blocks with B {BLOCK.batch}, L {BLOCK.length}, d_model {BLOCK.width}\n"
+        f"float32, forward and backward; blocks: B {BLOCK.batch}, d_model {BLOCK.width}, L {BLOCK.length} unless said\n"
         "medians of interleaved rounds; spread is the interquartile range of the rounds' ratios"
     )
 

@@ -12,8 +12,10 @@ from models.heads import Classifier, LanguageModel, SequenceModel
 from models.layer import TruncatableLayer
 from models.lru import LRU, LRUConfig
 from models.mamba import Mamba, MambaConfig
+from models.mamba2 import Mamba2, Mamba2Config
 
-ModelConfig = Annotated[LRUConfig | MambaConfig, Field(discriminator="kind")]
+AnyConfig = LRUConfig | MambaConfig | Mamba2Config
+ModelConfig = Annotated[AnyConfig, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,20 @@ class ClassificationTask:
 Task = LanguageTask | ClassificationTask
 
 
-def build_model(config: LRUConfig | MambaConfig, task: Task, state_dims: Sequence[int]) -> SequenceModel:
+def build_model(config: AnyConfig, task: Task, state_dims: Sequence[int]) -> SequenceModel:
     """A freshly initialised model with one state dimension per layer, on the CPU, in float32."""
     assert len(state_dims) == config.n_layers
-    mixers: Sequence[TruncatableLayer]
-    if isinstance(config, MambaConfig):
-        mixers = [Mamba(config, dim) for dim in state_dims]
-    else:
-        mixers = [LRU(config, dim) for dim in state_dims]
+    mixers = [_mixer(config, dim) for dim in state_dims]
     if isinstance(task, LanguageTask):
         return LanguageModel(task.vocab_size, config.d_model, mixers)
     return Classifier(task.n_features, task.n_classes, config.d_model, mixers)
+
+
+def _mixer(config: AnyConfig, d_state: int) -> TruncatableLayer:
+    match config:
+        case LRUConfig():
+            return LRU(config, d_state)
+        case MambaConfig():
+            return Mamba(config, d_state)
+        case Mamba2Config():
+            return Mamba2(config, d_state)

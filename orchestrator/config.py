@@ -24,6 +24,7 @@ from pydantic import (
 
 from compression.ranking import Target
 from compression.schedule import Steps, Window
+from models.mamba2 import Mamba2Config
 from models.registry import ModelConfig
 from orchestrator.data.sources import DataConfig, Digits, StdlibText, TextFiles, absolute
 from orchestrator.errors import UserError
@@ -146,6 +147,11 @@ class RunConfig(_Part):
                 f"train.batch_size {self.train.batch_size} must be a multiple of cluster.workers {self.cluster.workers}"
             )
         if self.truncation is not None:
+            if isinstance(self.model, Mamba2Config) and self.model.n_groups > 1:
+                raise ValueError(
+                    f"model.n_groups {self.model.n_groups} must be 1 with truncation, "
+                    "which chooses states of one group; or set truncation to null"
+                )
             dim = self.truncation.target.dim
             largest = max(self.model.state_dims)
             if dim is not None and dim > largest:

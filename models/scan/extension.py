@@ -21,7 +21,8 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("selective.cpp", "conv.cpp", "linear.cpp", "spectral.cpp"))
+NAMES = ("selective.cpp", "conv.cpp", "linear.cpp", "spectral.cpp", "norm.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in NAMES)
 HEADERS = (Path(__file__).with_name("lanes.h"),)
 # The library is used without its own OpenMP: symbols come from the runtime that torch has loaded, because two
 # runtimes would fight for the cores.

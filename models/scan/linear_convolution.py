@@ -42,7 +42,7 @@ def causal_convolution(x_BLI: Tensor, response_IOL: Tensor) -> Tensor:
 
 
 class _Powers(torch.autograd.Function):
-    """a^k as a table, (L, 2 N) real and imaginary, through float64: rounding must not add up over thousands of steps."""
+    """a^k as a table, (L, 2 N) real and imaginary, through float64: rounding must not add up over the steps."""
 
     @staticmethod
     def forward(ctx: Any, a_re_N: Tensor, a_im_N: Tensor, length: int) -> Tensor:

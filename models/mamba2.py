@@ -1,0 +1,160 @@
+"""Mamba-2's mixer (arXiv 2405.21060, section 7), with the parameter names and initialisation of state-spaces/mamba.
+
+Shapes: B batch, L time, M d_model, D d_inner, H heads, P width of a head, G groups, R heads of a group, N d_state,
+E all channels of the convolution (D + 2 G N), W its width, V = W - 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from compression.gramians import SelectiveMoments
+from compression.moments import ParameterState
+from compression.truncation import LayerPlan, StateSelection
+from models.layer import Dim, StackConfig, State, TruncatableLayer
+from models.scan.conv import causal_conv_silu
+from models.scan.norm import GatedRMSNorm
+from models.scan.ssd import ssd_scan
+
+
+class Mamba2Config(StackConfig):
+    """A stack of Mamba-2 blocks."""
+
+    kind: Literal["mamba2"]
+    d_state: Dim | tuple[Dim, ...] = Field(
+        128, description="State dimension before the first cut: of all layers, or of each."
+    )
+    d_conv: int = Field(4, ge=1, description="Width of the causal convolution, in time steps.")
+    expand: int = Field(2, ge=1, description="Inner width as a multiple of d_model.")
+    headdim: int = Field(64, ge=1, description="Channels of a head, which share one decay.")
+    n_groups: int = Field(1, ge=1, description="Groups of heads; those of a group share B and C.")
+
+    @property
+    def d_inner(self) -> int:
+        return self.expand * self.d_model
+
+    @model_validator(mode="after")
+    def _channels_divide_into_heads_and_groups(self) -> Mamba2Config:
+        if self.d_inner % self.headdim:
+            raise ValueError(
+                f"headdim {self.headdim} does not divide the inner width {self.d_inner} (expand x d_model); "
+                "it has to be one of its divisors"
+            )
+        heads = self.d_inner // self.headdim
+        if heads % self.n_groups:
+            raise ValueError(
+                f"n_groups {self.n_groups} does not divide the {heads} heads (expand x d_model / headdim); "
+                "it has to be a divisor of their number"
+            )
+        return self
+
+
+class Mamba2(TruncatableLayer):
+    """Selective state-space mixer with one decay per head, (B, L, M) -> (B, L, M)."""
+
+    statistics_need_tokens = True
+    ssm_parameters = frozenset({"A_log", "D", "dt_bias"})
+
+    def __init__(self, config: Mamba2Config, d_state: int) -> None:
+        super().__init__()
+        self.d_state = d_state
+        self.d_inner = config.d_inner
+        self.headdim = config.headdim
+        self.n_groups = config.n_groups
+        heads = self.d_inner // self.headdim
+        width = self.n_groups * d_state
+        self._convolved = [self.d_inner, width, width]  # x, B and C
+        channels = sum(self._convolved)
+        self.in_proj = nn.Linear(config.d_model, self.d_inner + channels + heads, bias=False)
+        self.conv1d = nn.Conv1d(channels, channels, config.d_conv, groups=channels)
+        # dt starts log-uniform in [1e-3, 1e-1].
+        dt_H = (torch.rand(heads) * (math.log(1e-1) - math.log(1e-3)) + math.log(1e-3)).exp()
+        self.dt_bias = nn.Parameter(dt_H + torch.log(-torch.expm1(-dt_H)))
+        self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(heads))
+        self.norm = GatedRMSNorm(self.d_inner, self.n_groups)
+        self.out_proj = nn.Linear(self.d_inner, config.d_model, bias=False)
+        with torch.no_grad():
+            self.out_proj.weight /= math.sqrt(config.n_layers)
+        self._moments: SelectiveMoments | None = None
+
+    def forward(self, x_BLM: Tensor) -> Tensor:
+        D, GN, _ = self._convolved
+        # Four products: the gradients of the parts of one would have to be put together, a copy of the widest tensor.
+        # dt alone is too narrow for a product of its own.
+        rows = torch.split(self.in_proj.weight, [D, D, GN, GN + self.D.numel()])
+        z_BLD, x_BLD, B_BLE, C_dt_BLE = (F.linear(x_BLM, part) for part in rows)
+        C_BLE, dt_BLH = torch.split(C_dt_BLE, [GN, self.D.numel()], dim=-1)
+        assert self.conv1d.bias is not None
+        weights, biases = (torch.split(part, self._convolved) for part in (self.conv1d.weight, self.conv1d.bias))
+        convolved = map(causal_conv_silu, (x_BLD, B_BLE, C_BLE), weights, biases)
+        x_BLHP, B_BLGN, C_BLGN = self._heads_and_groups(*convolved)
+        y_BLHP = ssd_scan(x_BLHP, self._dt(dt_BLH), self._A(), B_BLGN, C_BLGN, self.D, self._moments)
+        out_BLM: Tensor = self.out_proj(self.norm(y_BLHP.flatten(2), z_BLD))
+        return out_BLM
+
+    def initial_state(self, batch: int) -> State:
+        """The last inputs of the convolution (B, E, V) and the state (B, G, R, P, N)."""
+        E, W = self.conv1d.out_channels, self.conv1d.kernel_size[0]
+        heads = self.D.numel() // self.n_groups
+        past_BEV = torch.zeros(batch, E, W - 1, device=self.D.device)
+        return past_BEV, torch.zeros(batch, self.n_groups, heads, self.headdim, self.d_state, device=self.D.device)
+
+    def step(self, x_BM: Tensor, state: State) -> tuple[Tensor, State]:
+        """States and decays are float32 at least, as in `ssd_scan`."""
+        past_BEV, h_BGRPN = state
+        z_BD, xBC_BE, dt_BH = torch.split(
+            self.in_proj(x_BM), [self.d_inner, sum(self._convolved), self.D.numel()], dim=-1
+        )
+        assert self.conv1d.bias is not None
+        window_BEW = torch.cat([past_BEV, xBC_BE.unsqueeze(-1)], dim=-1)
+        xBC_BE = F.silu((window_BEW * self.conv1d.weight.squeeze(1)).sum(-1) + self.conv1d.bias)
+        x_BHP, B_BGN, C_BGN = self._heads_and_groups(*torch.split(xBC_BE, self._convolved, dim=-1))
+        dt_BH = self._dt(dt_BH)
+        groups = (self.n_groups, -1)
+        decay_BGR = torch.unflatten((dt_BH * self._A()).exp(), 1, groups)
+        input_BGRP = torch.unflatten(dt_BH.unsqueeze(-1) * x_BHP, 1, groups)
+        h_BGRPN = decay_BGR[..., None, None] * h_BGRPN + input_BGRP.unsqueeze(-1) * B_BGN[:, :, None, None]
+        y_BHP = (h_BGRPN * C_BGN[:, :, None, None]).sum(-1).flatten(1, 2) + self.D.unsqueeze(-1) * x_BHP
+        out_BM: Tensor = self.out_proj(self.norm(y_BHP.flatten(1).to(z_BD.dtype), z_BD))
+        return out_BM, (window_BEW[..., 1:], h_BGRPN)
+
+    def _heads_and_groups(self, x: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (..., H, P), B and C (..., G, N)."""
+        groups = (self.n_groups, self.d_state)
+        x = torch.unflatten(x, -1, (-1, self.headdim))
+        return x, torch.unflatten(B, -1, groups), torch.unflatten(C, -1, groups)
+
+    def _dt(self, raw: Tensor) -> Tensor:
+        return F.softplus(raw.to(torch.promote_types(raw.dtype, torch.float32)) + self.dt_bias)
+
+    def _A(self) -> Tensor:
+        return -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
+
+    def start_statistics(self) -> None:
+        self._moments = SelectiveMoments.zeros(self.d_inner, self.d_state, self.D.device)
+
+    def finish_statistics(self) -> SelectiveMoments:
+        assert self._moments is not None, "start_statistics comes first"
+        moments, self._moments = self._moments, None
+        return moments.from_vector(moments.to_vector().cpu())
+
+    def shrink(self, plan: LayerPlan, states: Mapping[str, ParameterState]) -> dict[str, ParameterState]:
+        """Keep the chosen states in all heads: their channels of the convolution and rows of in_proj, for B and C."""
+        assert self.n_groups == 1, "a Mamba-2 layer is cut only with one group"
+        assert isinstance(plan.reduction, StateSelection), "a Mamba-2 layer is cut by choosing states"
+        kept, D, N = torch.tensor(plan.reduction.kept), self.d_inner, plan.dim_before
+        channels = torch.cat([torch.arange(D), D + kept, D + N + kept])
+        rows = torch.cat([torch.arange(D), D + channels, 2 * D + 2 * N + torch.arange(self.D.numel())])
+        return dict(states) | {
+            "in_proj.weight": states["in_proj.weight"].select(lambda part: part[rows]),
+            "conv1d.weight": states["conv1d.weight"].select(lambda part: part[channels]),
+            "conv1d.bias": states["conv1d.bias"].select(lambda part: part[channels]),
+        }
