@@ -200,6 +200,38 @@ def test_one_worker_and_two_make_the_same_run(
     assert plans(folders[1])[-1].dims_after == (4, 4)
 
 
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "lru"])
+def test_bfloat16_follows_float32_and_keeps_float32_parameters(
+    kind: str, small_run: dict[str, Any], local_ray: None
+) -> None:
+    """Every model, with layers of their own state dimensions, cut in both precisions alike."""
+    small_run["model"] = {"kind": kind, "n_layers": 2, "d_model": 32, "d_state": [16, 9]}
+    curves = []
+    for precision in ("float32", "bfloat16"):
+        small_run["name"], small_run["train"]["precision"] = precision, precision
+        config = parse_config(small_run)
+        assert launch.train(config)["final_dims"] == [4, 4]
+        folder = config.storage / precision
+        curves.append(losses(folder))
+        assert {part.dtype for part in saved(folder, config.train.steps).values()} == {torch.float32}
+    exact, rounded = curves
+    assert exact != rounded
+    assert list(rounded.values()) == pytest.approx(list(exact.values()), rel=0.02)
+
+
+def test_a_machine_without_a_compiler_trains_too(small_run: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(small_run))
+    command = [str(Path(sys.executable).with_name("rayduce")), "train", str(path)]
+    nothing_built = {"CXX": "/nonexistent/c++", "TORCH_EXTENSIONS_DIR": str(tmp_path / "empty")}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=tmp_path, check=False, env=os.environ | nothing_built
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "scans in plain torch, because the C++ kernels cannot be built" in done.stdout
+    assert "not found" in done.stdout
+
+
 def interrupted(finished: Finished, storage: Path, after: int) -> Path:
     """A copy of the finished run as if it had been killed after `after` steps."""
     _, folder, _ = finished
