@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from compression.gramians import SelectiveMoments
 from compression.moments import ParameterState
 from compression.truncation import LayerPlan, StateSelection
-from models.layer import Dim, StackConfig, State, TruncatableLayer
-from models.scan.conv import causal_conv_silu
+from models.layer import Dim, StackConfig, State
+from models.scan.conv import causal_conv_silu, causal_conv_silu_step
 from models.scan.selective import selective_scan
+from models.selective import SelectiveLayer, initial_dt_bias
 
 
 class MambaConfig(StackConfig):
@@ -33,10 +33,9 @@ class MambaConfig(StackConfig):
     expand: int = Field(2, ge=1, description="Inner width as a multiple of d_model.")
 
 
-class Mamba(TruncatableLayer):
+class Mamba(SelectiveLayer):
     """Selective state-space mixer, (B, L, M) -> (B, L, M)."""
 
-    statistics_need_tokens = True
     ssm_parameters = frozenset({"A_log", "D", "dt_proj.bias"})
 
     def __init__(self, config: MambaConfig, d_state: int) -> None:
@@ -53,14 +52,12 @@ class Mamba(TruncatableLayer):
         self.D = nn.Parameter(torch.ones(self.d_inner))
         self.out_proj = nn.Linear(self.d_inner, config.d_model, bias=False)
         self._initialise(config.n_layers)
-        self._moments: SelectiveMoments | None = None
 
     @torch.no_grad()
     def _initialise(self, n_layers: int) -> None:
-        """dt starts log-uniform in [1e-3, 1e-1]; the output is scaled down with depth (mamba_simple.py)."""
+        """The output is scaled down with depth (mamba_simple.py)."""
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-        dt_D = (torch.rand(self.d_inner) * (math.log(1e-1) - math.log(1e-3)) + math.log(1e-3)).exp()
-        self.dt_proj.bias.copy_(dt_D + torch.log(-torch.expm1(-dt_D)))
+        self.dt_proj.bias.copy_(initial_dt_bias(self.d_inner))
         nn.init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
         self.out_proj.weight /= math.sqrt(n_layers)
 
@@ -88,23 +85,14 @@ class Mamba(TruncatableLayer):
         past_BDV, h_BDN = state
         x_BD, z_BD = self.in_proj(x_BM).chunk(2, dim=-1)
         assert self.conv1d.bias is not None
-        window_BDW = torch.cat([past_BDV, x_BD.unsqueeze(-1)], dim=-1)
-        x_BD = F.silu((window_BDW * self.conv1d.weight.squeeze(1)).sum(-1) + self.conv1d.bias)
+        x_BD, past_BDV = causal_conv_silu_step(x_BD, past_BDV, self.conv1d.weight, self.conv1d.bias)
         dt_BR, B_BN, C_BN = self.x_proj(x_BD).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         dt_BD = F.softplus(self.dt_proj(dt_BR))
         decay_BDN = torch.exp(dt_BD.unsqueeze(-1) * -self.A_log.exp())
         h_BDN = decay_BDN * h_BDN + (dt_BD * x_BD).unsqueeze(-1) * B_BN.unsqueeze(1)
         y_BD = (h_BDN @ C_BN.unsqueeze(-1)).squeeze(-1) + self.D * x_BD
         out_BM: Tensor = self.out_proj(y_BD * F.silu(z_BD))
-        return out_BM, (window_BDW[..., 1:], h_BDN)
-
-    def start_statistics(self) -> None:
-        self._moments = SelectiveMoments.zeros(self.d_inner, self.d_state, self.D.device)
-
-    def finish_statistics(self) -> SelectiveMoments:
-        assert self._moments is not None, "start_statistics comes first"
-        moments, self._moments = self._moments, None
-        return moments.from_vector(moments.to_vector().cpu())
+        return out_BM, (past_BDV, h_BDN)
 
     def shrink(self, plan: LayerPlan, states: Mapping[str, ParameterState]) -> dict[str, ParameterState]:
         """Keep the chosen states in all channels: columns of A_log, and their rows of x_proj for B and for C."""

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from compression.gramians import SelectiveMoments
 from compression.moments import ParameterState
 from compression.truncation import LayerPlan, StateSelection
-from models.layer import Dim, StackConfig, State, TruncatableLayer
-from models.scan.conv import causal_conv_silu
+from models.layer import Dim, StackConfig, State
+from models.scan.conv import causal_conv_silu, causal_conv_silu_step
 from models.scan.norm import GatedRMSNorm
 from models.scan.ssd import ssd_scan
+from models.selective import SelectiveLayer, initial_dt_bias
 
 
 class Mamba2Config(StackConfig):
@@ -56,10 +56,9 @@ class Mamba2Config(StackConfig):
         return self
 
 
-class Mamba2(TruncatableLayer):
+class Mamba2(SelectiveLayer):
     """Selective state-space mixer with one decay per head, (B, L, M) -> (B, L, M)."""
 
-    statistics_need_tokens = True
     ssm_parameters = frozenset({"A_log", "D", "dt_bias"})
 
     def __init__(self, config: Mamba2Config, d_state: int) -> None:
@@ -74,16 +73,13 @@ class Mamba2(TruncatableLayer):
         channels = sum(self._convolved)
         self.in_proj = nn.Linear(config.d_model, self.d_inner + channels + heads, bias=False)
         self.conv1d = nn.Conv1d(channels, channels, config.d_conv, groups=channels)
-        # dt starts log-uniform in [1e-3, 1e-1].
-        dt_H = (torch.rand(heads) * (math.log(1e-1) - math.log(1e-3)) + math.log(1e-3)).exp()
-        self.dt_bias = nn.Parameter(dt_H + torch.log(-torch.expm1(-dt_H)))
+        self.dt_bias = nn.Parameter(initial_dt_bias(heads))
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(heads))
         self.norm = GatedRMSNorm(self.d_inner, self.n_groups)
         self.out_proj = nn.Linear(self.d_inner, config.d_model, bias=False)
         with torch.no_grad():
             self.out_proj.weight /= math.sqrt(config.n_layers)
-        self._moments: SelectiveMoments | None = None
 
     def forward(self, x_BLM: Tensor) -> Tensor:
         D, GN, _ = self._convolved
@@ -114,8 +110,7 @@ class Mamba2(TruncatableLayer):
             self.in_proj(x_BM), [self.d_inner, sum(self._convolved), self.D.numel()], dim=-1
         )
         assert self.conv1d.bias is not None
-        window_BEW = torch.cat([past_BEV, xBC_BE.unsqueeze(-1)], dim=-1)
-        xBC_BE = F.silu((window_BEW * self.conv1d.weight.squeeze(1)).sum(-1) + self.conv1d.bias)
+        xBC_BE, past_BEV = causal_conv_silu_step(xBC_BE, past_BEV, self.conv1d.weight, self.conv1d.bias)
         x_BHP, B_BGN, C_BGN = self._heads_and_groups(*torch.split(xBC_BE, self._convolved, dim=-1))
         dt_BH = self._dt(dt_BH)
         groups = (self.n_groups, -1)
@@ -124,7 +119,7 @@ class Mamba2(TruncatableLayer):
         h_BGRPN = decay_BGR[..., None, None] * h_BGRPN + input_BGRP.unsqueeze(-1) * B_BGN[:, :, None, None]
         y_BHP = (h_BGRPN * C_BGN[:, :, None, None]).sum(-1).flatten(1, 2) + self.D.unsqueeze(-1) * x_BHP
         out_BM: Tensor = self.out_proj(self.norm(y_BHP.flatten(1).to(z_BD.dtype), z_BD))
-        return out_BM, (window_BEW[..., 1:], h_BGRPN)
+        return out_BM, (past_BEV, h_BGRPN)
 
     def _heads_and_groups(self, x: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (..., H, P), B and C (..., G, N)."""
@@ -137,14 +132,6 @@ class Mamba2(TruncatableLayer):
 
     def _A(self) -> Tensor:
         return -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
-
-    def start_statistics(self) -> None:
-        self._moments = SelectiveMoments.zeros(self.d_inner, self.d_state, self.D.device)
-
-    def finish_statistics(self) -> SelectiveMoments:
-        assert self._moments is not None, "start_statistics comes first"
-        moments, self._moments = self._moments, None
-        return moments.from_vector(moments.to_vector().cpu())
 
     def shrink(self, plan: LayerPlan, states: Mapping[str, ParameterState]) -> dict[str, ParameterState]:
         """Keep the chosen states in all heads: their channels of the convolution and rows of in_proj, for B and C."""

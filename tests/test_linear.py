@@ -11,16 +11,12 @@ from torch import Tensor
 
 from models.scan import linear, linear_states, reference
 from models.scan.linear import linear_recurrence
+from tests.errors import relative_error
 
 F64 = torch.float64
 CHUNK = linear_states.CHUNK
 NAMES = ["x", "a_re", "a_im", "B_re", "B_im", "C_re", "C_im"]
 Arguments = list[Tensor]
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    actual, expected = actual.detach().double(), expected.detach()
-    return float((actual - expected).norm() / expected.norm().clamp_min(torch.finfo(F64).tiny))
 
 
 def arguments(batch: int, length: int, width: int, d_state: int, seed: int = 0) -> Arguments:

@@ -25,15 +25,11 @@ from models.scan import backends, reference
 from models.scan.norm import GatedRMSNorm
 from models.scan.ssd import ssd_scan
 from models.scan.ssd_torch import CHUNK
+from tests.errors import relative_error
 
 F64 = torch.float64
 NAMES = ["x", "dt", "A", "B", "C", "D"]
 Arguments = list[Tensor]
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    actual, expected = actual.detach().double(), expected.detach()
-    return float((actual - expected).norm() / expected.norm().clamp_min(torch.finfo(F64).tiny))
 
 
 # --- the scan ---

@@ -25,17 +25,13 @@ from models.lru import LRU, LRUConfig
 from models.mamba import Mamba, MambaConfig
 from models.registry import ClassificationTask, LanguageTask, build_model
 from models.scan import reference, selective_torch
+from tests.errors import relative_error
 from tests.systems import frequency_response, largest_gain, nearly_defective_system
 
 F64 = torch.float64
 CHUNK = selective_torch.CHUNK
 
 Arguments = tuple[Tensor, ...]
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    actual, expected = actual.detach(), expected.detach()
-    return float((actual - expected).norm() / expected.norm().clamp_min(torch.finfo(F64).tiny))
 
 
 # --- layers ---

@@ -13,16 +13,12 @@ from torch import Tensor
 from compression.gramians import SelectiveMoments
 from models.scan import backends, extension, reference, selective_torch
 from models.scan.selective import selective_scan
+from tests.errors import relative_error
 
 F64 = torch.float64
 CHUNK = selective_torch.CHUNK
 NAMES = ["x", "r", "A", "B", "C", "D", "z"]
 Arguments = list[Tensor]
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    actual, expected = actual.detach().double(), expected.detach()
-    return float((actual - expected).norm() / expected.norm().clamp_min(torch.finfo(F64).tiny))
 
 
 def scan_arguments(batch: int, length: int, d_inner: int, d_state: int, dt: float = 0.1, seed: int = 0) -> Arguments:

@@ -1,6 +1,6 @@
 """Mamba's depthwise causal convolution with SiLU.
 
-Shapes: B batch, L time, D channels, W width of the filter.
+Shapes: B batch, L time, D channels, W width of the filter, V = W - 1.
 """
 
 from __future__ import annotations
@@ -28,6 +28,12 @@ def causal_conv_silu(x_BLD: Tensor, weight_D1W: Tensor, bias_D: Tensor) -> Tenso
     weight_D1W, bias_D = weight_D1W.to(x_BLD.dtype), bias_D.to(x_BLD.dtype)
     padded_BDL = F.pad(x_BLD.transpose(1, 2), (weight_D1W.shape[-1] - 1, 0))
     return F.silu(F.conv1d(padded_BDL, weight_D1W, bias_D, groups=x_BLD.shape[-1])).transpose(1, 2)
+
+
+def causal_conv_silu_step(x_BD: Tensor, past_BDV: Tensor, weight_D1W: Tensor, bias_D: Tensor) -> tuple[Tensor, Tensor]:
+    """One time step of `causal_conv_silu` from its V = W - 1 last inputs: the output (B, D), and those inputs next."""
+    window_BDW = torch.cat([past_BDV, x_BD.unsqueeze(-1)], dim=-1)
+    return F.silu((window_BDW * weight_D1W.squeeze(1)).sum(-1) + bias_D), window_BDW[..., 1:]
 
 
 class _CausalConv(torch.autograd.Function):
