@@ -25,7 +25,7 @@ D_MODEL = 256
 
 def ours(d_state: int) -> nn.Module:
     torch.manual_seed(SEED)
-    return Mamba(MambaConfig(kind="mamba", n_layers=1, d_model=D_MODEL, d_state=d_state), d_state)
+    return Mamba(MambaConfig(kind="mamba", n_layers=1, d_model=D_MODEL, d_state=d_state), d_state, d_state)
 
 
 def mambapy(d_state: int) -> nn.Module:
@@ -51,7 +51,7 @@ def transformers(d_state: int) -> nn.Module:
 
 def our_mamba2(d_state: int) -> nn.Module:
     torch.manual_seed(SEED)
-    return Mamba2(Mamba2Config(kind="mamba2", n_layers=1, d_model=D_MODEL, d_state=d_state), d_state)
+    return Mamba2(Mamba2Config(kind="mamba2", n_layers=1, d_model=D_MODEL, d_state=d_state), d_state, d_state)
 
 
 def transformers_mamba2(d_state: int) -> nn.Module:

@@ -1,20 +1,21 @@
 """Hankel singular values (HSVs): how much each state dimension carries from past inputs to future outputs.
 
-Shapes: N state, D channels of a selective layer.
+Shapes: N state, R states kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from compression.gramians import LTISystem, SelectiveMoments, lti_gramians, selective_gramians
+from compression.gramians import LTISystem, lti_gramians
 
 
 @dataclass(frozen=True)
-class BalancingFactors:
+class Balancing:
     """Factors with P = L_P L_P^H, Q = L_Q L_Q^H and the SVD L_Q^H L_P = U diag(sigma) V^H."""
 
     L_P_NN: Tensor
@@ -23,17 +24,33 @@ class BalancingFactors:
     sigma_N: Tensor  # float64, descending
     Vh_NN: Tensor
 
+    @classmethod
+    def of(cls, P_NN: Tensor, Q_NN: Tensor) -> Balancing:
+        """HSVs of two Gramians, real or complex, by the square-root method (Antoulas 2005, section 7.3).
+
+        The singular values of the product of Gramian factors are accurate where the eigenvalues of P Q are not.
+        """
+        L_P_NN, L_Q_NN = _factor(P_NN), _factor(Q_NN)
+        U_NN, sigma_N, Vh_NN = torch.linalg.svd(L_Q_NN.mH @ L_P_NN)
+        return cls(L_P_NN, L_Q_NN, U_NN, sigma_N, Vh_NN)
+
     @property
     def numerical_rank(self) -> int:
         """States whose HSV is above rounding; those below cannot be balanced and carry nothing."""
         floor = self.sigma_N[0] * torch.finfo(torch.float64).eps * self.sigma_N.numel()
         return max(1, int((self.sigma_N > floor).sum()))
 
+    def projections(self, coordinates: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Left (R, N) and right (N, R) onto these balanced coordinates, below the numerical rank; left right = I."""
+        chosen = torch.tensor(coordinates)
+        root_R = self.sigma_N[chosen].sqrt()
+        right_NR = self.L_P_NN @ self.Vh_NN.mH[:, chosen] / root_R
+        left_RN = (self.L_Q_NN @ self.U_NN[:, chosen] / root_R).mH
+        return left_RN, right_NR
 
-def balancing_factors(system: LTISystem) -> BalancingFactors:
-    """HSVs of an LTI system by the square-root method (Antoulas 2005, section 7.3), in complex128.
 
-    The singular values of the product of Gramian factors are accurate where the eigenvalues of P Q are not.
+def lti_balancing(system: LTISystem) -> Balancing:
+    """HSVs of an LTI system and what balances it, in complex128.
 
     Raises:
         ValueError: the system is not finite or not stable.
@@ -42,10 +59,7 @@ def balancing_factors(system: LTISystem) -> BalancingFactors:
         raise ValueError("a state matrix holds NaN or infinity; the training has diverged")
     if float(system.eigenvalues_N.abs().max()) >= 1:
         raise ValueError("an eigenvalue lies on or outside the unit circle; Hankel singular values do not exist")
-    P_NN, Q_NN = lti_gramians(system)
-    L_P_NN, L_Q_NN = _factor(P_NN), _factor(Q_NN)
-    U_NN, sigma_N, Vh_NN = torch.linalg.svd(L_Q_NN.mH @ L_P_NN)
-    return BalancingFactors(L_P_NN, L_Q_NN, U_NN, sigma_N, Vh_NN)
+    return Balancing.of(*lti_gramians(system))
 
 
 def _factor(gramian_NN: Tensor) -> Tensor:
@@ -61,11 +75,21 @@ def _factor(gramian_NN: Tensor) -> Tensor:
     return factor_NN
 
 
-def selective_hankel(moments: SelectiveMoments) -> Tensor:
-    """HSV of each state index of a selective layer, (N,) float64, in state order.
+def spectrum_drift(before: Sequence[float], now: Sequence[float]) -> float:
+    """The share of the HSV mass, in [0, 1], that is at another place in the spectrum than before; both descending.
 
-    The channels share B and C, so an index is kept or cut in all of them: its HSV is the root of the product of
-    both Gramians' diagonals, summed over channels.
+    By Weyl's inequality no HSV moves further than the Hankel operator does, so a spectrum at rest is what a settled
+    ranking must show. Shares, because growing weights alone change no ranking. Spectra of different lengths are
+    compared as far as the shorter one goes.
     """
-    controllability_DN, observability_DN = selective_gramians(moments)
-    return (controllability_DN * observability_DN).sum(0).sqrt()
+    length = min(len(before), len(now))
+    shares: list[list[float]] = []
+    for spectrum in (before, now):
+        total = sum(spectrum[:length])
+        shares.append([sigma / total if total > 0 else 1 / length for sigma in spectrum[:length]])
+    return sum((abs(a - b) for a, b in zip(*shares, strict=True)), start=0.0) / 2
+
+
+def overlap(before: Sequence[int], now: Sequence[int], rank: int) -> float:
+    """The share of the `rank` first states of a ranking that were among as many first ones before."""
+    return len(set(before[:rank]) & set(now[:rank])) / rank

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Carry = Literal["transport", "slice", "reset"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,29 @@ class ParameterState:
     def select(self, pick: Callable[[Tensor], Tensor]) -> ParameterState:
         """The same choice of entries from all three; exact, because a choice of entries is its own inverse."""
         return ParameterState(*(pick(part).contiguous() for part in self.tensors()))
+
+    @classmethod
+    def fresh(cls, value: Tensor) -> ParameterState:
+        """A parameter that Adam has not seen yet."""
+        return cls(value, torch.zeros_like(value), torch.zeros_like(value))
+
+    def through(self, map_RN: Tensor, gradient_map_RN: Tensor) -> ParameterState:
+        """`map_RN` @ value (N, H), where the gradient becomes `gradient_map_RN` @ gradient; both float64."""
+        maps = (map_RN, gradient_map_RN, gradient_map_RN.square())
+        mapped = (m @ part.double() for m, part in zip(maps, self.tensors(), strict=True))
+        return ParameterState(*(part.to(self.value.dtype) for part in mapped))
+
+    def replaced(self, how: Carry, shrunk: ParameterState) -> ParameterState:
+        """`shrunk`, this parameter after a cut, with other moments: for comparison with carrying them along.
+
+        slice: the leading entries of the moments, by position, whatever the cut was. reset: zeros.
+        """
+        if how == "transport" or self.value.shape == shrunk.value.shape:
+            return shrunk
+        if how == "reset":
+            return ParameterState.fresh(shrunk.value)
+        leading = tuple(slice(size) for size in shrunk.value.shape)
+        return ParameterState(shrunk.value, self.exp_avg[leading].clone(), self.exp_avg_sq[leading].clone())
 
 
 @dataclass(frozen=True)

@@ -2,59 +2,217 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor
 
 # Below this relative gain a cut costs more (a rebuild) than it saves (CompreSSM, arXiv 2510.02823, appendix B).
 SMALLEST_GAIN = 0.05
 
+Dim = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
 
-class Target(BaseModel):
-    """How far to truncate: by a tolerance on the HSV mass, to a fixed dimension, or to the smaller of both."""
+
+class Budget(BaseModel):
+    """What all layers may have together after the last cut."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    tolerance: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="Share of the summed HSVs that each cut may discard, in (0, 1)."
-    )
-    dim: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="State dimension after the last cut, reached over the events in equal ratios."
+    states: Dim | None = Field(None, description="Sum of the layers' state dimensions.")
+    cost: Share | None = Field(
+        None, description="Share of the first model's scan cost; a layer's is its states times its channels."
     )
 
     @model_validator(mode="after")
-    def _has_a_target(self) -> Target:
-        if self.tolerance is None and self.dim is None:
-            raise ValueError("needs tolerance, dim, or both")
+    def _one_of_both(self) -> Budget:
+        if (self.states is None) == (self.cost is None):
+            raise ValueError("takes states or cost, one of both")
         return self
 
 
-def rank_within_tolerance(sigma_N: Tensor, tolerance: float) -> int:
-    """Smallest rank whose leading HSVs sum to at least (1 - tolerance) of all; `sigma_N` descending."""
-    mass_N = sigma_N.cumsum(0)
-    return int((mass_N < (1 - tolerance) * mass_N[-1]).sum()) + 1
+class Target(BaseModel):
+    """How far to truncate: by a tolerance on the HSV mass, to a size, or to whatever of both is smaller."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tolerance: Share | None = Field(None, description="Share of the summed HSVs that each cut may discard, in (0, 1).")
+    dim: Dim | None = Field(None, description="State dimension after the last cut.")
+    fraction: Share | None = Field(None, description="Share of its states that a layer has after the last cut.")
+    budget: Budget | None = Field(None, description="Of all layers together; needs allocation global.")
+    allocation: Literal["layer", "global"] = Field(
+        "layer", description="Each layer on its own, or one ranking of all layers' shares of HSV mass."
+    )
+    ladder: tuple[Dim, ...] | None = Field(
+        None, description="Dimensions that the hardware likes; ranks are rounded up to them, or down for a budget."
+    )
+    uniform: bool = Field(False, description="The same dimension in all layers, which stock formats need.")
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> Target:
+        sizes = [name for name in ("dim", "fraction", "budget") if getattr(self, name) is not None]
+        if len(sizes) > 1:
+            raise ValueError(f"takes one of dim, fraction and budget, not {' and '.join(sizes)}")
+        if not sizes and self.tolerance is None:
+            raise ValueError("needs tolerance, dim, fraction or budget")
+        if self.budget is not None and self.allocation != "global":
+            raise ValueError("budget is for all layers together: it needs allocation global")
+        if self.ladder is not None:
+            if any(b <= a for a, b in zip(self.ladder, self.ladder[1:], strict=False)) or not self.ladder:
+                raise ValueError(f"ladder {list(self.ladder)} must increase")
+            if self.dim is not None and self.dim not in self.ladder:
+                raise ValueError(f"dim {self.dim} must be on the ladder {list(self.ladder)}")
+        return self
 
 
-def choose_rank(sigma_N: Tensor, target: Target, initial_dim: int, event: int, events: int) -> tuple[int, str]:
-    """States to keep at cut `event` of `events` (from 1), and the reason in words.
+@dataclass(frozen=True)
+class Spectrum:
+    """What ranking needs to know of one layer."""
 
-    A fixed dimension is approached geometrically from `initial_dim`, so that each cut removes the same share.
-    Never below 1. The present dimension where no state carries anything yet, and where a cut would shrink it by
-    less than 5 %, unless that is what the last event still needs to reach the fixed dimension.
+    sigma: tuple[float, ...]  # descending
+    initial_dim: int  # before the first cut
+    channels: int  # that the scan carries for each state
+
+    @property
+    def dim(self) -> int:
+        return len(self.sigma)
+
+    @property
+    def silent(self) -> bool:
+        return sum(self.sigma) == 0
+
+
+def rank_within_tolerance(sigma: Sequence[float], tolerance: float) -> int:
+    """Smallest rank whose leading HSVs sum to at least (1 - tolerance) of all; `sigma` descending."""
+    mass = list(accumulate(sigma))
+    return sum(part < (1 - tolerance) * mass[-1] for part in mass) + 1
+
+
+def choose_ranks(spectra: Sequence[Spectrum], target: Target, event: int, events: int) -> list[tuple[int, str]]:
+    """States that each layer keeps at cut `event` of `events` (from 1), and the reasons in words.
+
+    A size is approached geometrically over the events, so that each cut removes the same share. Never below 1, or
+    below the lowest rung of a ladder. A layer stays as it is where no state carries anything yet, and where a cut
+    would shrink it by less than 5 %, unless that is what the last event still needs to reach a size.
     """
-    dim = sigma_N.numel()
-    if float(sigma_N[0]) == 0:
-        return dim, "kept: no state carries anything yet"
-    rank, reason = dim, ""
+    limits, size = _sizes(spectra, target, event, events)
+    ranks, reasons = list(limits), [size] * len(spectra)
     if target.tolerance is not None:
-        rank = rank_within_tolerance(sigma_N, target.tolerance)
-        reason = f"tolerance {target.tolerance:g}"
-    if target.dim is not None:
-        step_dim = max(1, round(initial_dim * (target.dim / initial_dim) ** (event / events)))
-        if step_dim < rank:
-            rank, reason = step_dim, f"dim {target.dim}, event {event} of {events}"
-    reaches_dim = event == events and target.dim is not None and rank <= target.dim < dim
-    if rank > (1 - SMALLEST_GAIN) * dim and not reaches_dim:
+        within = _round_up(_within_tolerance(spectra, target, target.tolerance), spectra, target)
+        ranks = [min(pair) for pair in zip(within, limits, strict=True)]
+        word = f"tolerance {target.tolerance:g}"
+        reasons = [size if limit < rank else word for rank, limit in zip(within, limits, strict=True)]
+    if target.uniform:
+        same = max(ranks)
+        if target.budget is not None:
+            same = min(same, _rung_below(sum(limits) // len(limits), target.ladder))
+        ranks = [min(spectrum.dim, same) for spectrum in spectra]
+    last = event == events and bool(size)
+    return [_gated(*layer, last) for layer in zip(spectra, ranks, reasons, strict=True)]
+
+
+def _gated(spectrum: Spectrum, rank: int, reason: str, last: bool) -> tuple[int, str]:
+    """A size has to be reached with the last event, however small the step."""
+    dim = spectrum.dim
+    if spectrum.silent:
+        return dim, "kept: no state carries anything yet"
+    if rank == dim or (rank > (1 - SMALLEST_GAIN) * dim and not last):
         return dim, f"kept: rank {rank} would shrink it by less than {SMALLEST_GAIN:.0%}"
     return rank, reason
+
+
+def _within_tolerance(spectra: Sequence[Spectrum], target: Target, tolerance: float) -> list[int]:
+    if target.allocation == "layer":
+        return [s.dim if s.silent else rank_within_tolerance(s.sigma, tolerance) for s in spectra]
+    # Globally the layers' mean share is within the tolerance.
+    loud = [spectrum for spectrum in spectra if not spectrum.silent]
+    ranks = [s.dim if s.silent else 0 for s in spectra]
+    missing = (1 - tolerance) * len(loud)
+    for layer, share in _by_share(spectra, [1] * len(spectra)):
+        if missing <= 0:
+            break
+        ranks[layer] += 1
+        missing -= share
+    return [max(1, rank) for rank in ranks]
+
+
+def _by_share(spectra: Sequence[Spectrum], costs: Sequence[int]) -> list[tuple[int, float]]:
+    """All states as (layer, share of its layer's mass), the largest share for its cost first; ties go round the layers.
+
+    Without the states of layers that carry nothing, which stay as they are.
+    """
+    states = [
+        (-sigma / sum(spectrum.sigma) / costs[layer], place, layer)
+        for layer, spectrum in enumerate(spectra)
+        if not spectrum.silent
+        for place, sigma in enumerate(spectrum.sigma)
+    ]
+    return [(layer, -key * costs[layer]) for key, _, layer in sorted(states)]
+
+
+def _sizes(spectra: Sequence[Spectrum], target: Target, event: int, events: int) -> tuple[list[int], str]:
+    """The largest rank of each layer that a size allows at this event, and the reason in words."""
+    dims = [spectrum.dim for spectrum in spectra]
+    floor = target.ladder[0] if target.ladder else 1
+    when = f", event {event} of {events}"
+
+    def now(initial: float, final: float) -> float:
+        return initial * math.pow(min(1.0, final / initial), event / events)
+
+    if target.dim is not None or target.fraction is not None:
+        if target.dim is not None:
+            finals, what = [target.dim for _ in spectra], f"dim {target.dim}"
+        else:
+            assert target.fraction is not None
+            finals = [max(floor, round(target.fraction * s.initial_dim)) for s in spectra]
+            what = f"fraction {target.fraction:g}"
+        limits = [round(now(s.initial_dim, final)) for s, final in zip(spectra, finals, strict=True)]
+        if target.allocation == "global":
+            limits = _allocate(spectra, [1] * len(spectra), sum(limits), floor)
+        return _round_up([max(1, limit) for limit in limits], spectra, target), what + when
+    if target.budget is not None:
+        if target.budget.states is not None:
+            costs, what = [1] * len(spectra), f"budget of {target.budget.states} states"
+            initial = sum(s.initial_dim for s in spectra)
+            total = round(now(initial, target.budget.states))
+        else:
+            assert target.budget.cost is not None
+            costs, what = [s.channels for s in spectra], f"budget of {target.budget.cost:g} of the scan cost"
+            initial = sum(s.initial_dim * s.channels for s in spectra)
+            total = int(now(initial, target.budget.cost * initial))
+        limits = _allocate(spectra, costs, total, floor)
+        return [_rung_below(limit, target.ladder) for limit in limits], what + when
+    return dims, ""
+
+
+def _allocate(spectra: Sequence[Spectrum], costs: Sequence[int], total: int, floor: int) -> list[int]:
+    """Give out `total` to the states with the largest shares of their layer's mass for what they cost.
+
+    A layer that carries nothing keeps its states, and every other one at least `floor` of them, whatever that costs.
+    """
+    ranks = [s.dim if s.silent else min(floor, s.dim) for s in spectra]
+    left = total - sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
+    given = list(ranks)  # which each layer's first states are counted against
+    for layer, _ in _by_share(spectra, costs):
+        if given[layer] > 0:
+            given[layer] -= 1
+        elif costs[layer] <= left:  # else a layer's smaller states cost too much as well
+            ranks[layer] += 1
+            left -= costs[layer]
+    return ranks
+
+
+def _round_up(ranks: Sequence[int], spectra: Sequence[Spectrum], target: Target) -> list[int]:
+    """To the next rung of the ladder, or to the present dimension where none lies below it."""
+    rungs = target.ladder or ()
+    return [
+        min([rung for rung in rungs if rung >= rank] + [spectrum.dim]) if rungs else min(rank, spectrum.dim)
+        for rank, spectrum in zip(ranks, spectra, strict=True)
+    ]
+
+
+def _rung_below(rank: int, ladder: Sequence[int] | None) -> int:
+    return max((rung for rung in ladder or () if rung <= rank), default=rank)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from compression.gramians import Statistics
 from compression.moments import ParameterState
-from compression.truncation import LayerPlan
+from compression.plan import LayerPlan
 
 State = tuple[Tensor, ...]
 """What a layer remembers from one time step to the next; dimension 0 of every tensor is the batch."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from compression.gramians import LTISystem
 from compression.moments import ComplexMoments, ParameterState
-from compression.truncation import LayerPlan, StateTransform
+from compression.plan import LayerPlan, StateTransform
 from models.layer import StackConfig, State, TruncatableLayer
 from models.scan.linear import linear_recurrence
 
@@ -103,15 +103,18 @@ class LRU(TruncatableLayer):
         """The balanced, truncated and diagonal system in the LRU's own parameters.
 
         B and C go through the plan's projections; their moments through the transposed inverses of those, which
-        are the projections' biorthogonal partners. gamma starts again at its normalising value.
+        are the projections' biorthogonal partners. gamma keeps its ratio to the normalising value, and a phase its
+        multiple of 2 pi, from the state that the new one has most of: a cut that loses nothing changes no parameter.
         """
         cut = plan.reduction
         assert isinstance(cut, StateTransform), "an LRU layer is cut by balanced truncation"
         device = states["nu_log"].value.device
         left_RN, right_NR = cut.left_RN.to(device), cut.right_NR.to(device)
         new_R = _polar(cut.eigenvalues_R.to(device))
-        gamma_new_R = (1 - new_R.abs().square()).sqrt()
         gamma_old_N = states["gamma_log"].value.double().exp()
+        old_N = torch.exp(-states["nu_log"].value.double().exp())
+        ratio_N = gamma_old_N / (1 - old_N.square()).sqrt()
+        gamma_new_R = ratio_N[cut.ancestors_R] * (1 - new_R.abs().square()).sqrt()
 
         B_NH = torch.complex(states["B_re"].value.double(), states["B_im"].value.double())
         B_RH = (left_RN @ (gamma_old_N[:, None] * B_NH)) / gamma_new_R[:, None]
@@ -166,8 +169,9 @@ def _shrink_eigenvalues(
     # s = -exp(nu_log) + i exp(theta_log)
     in_s = ComplexMoments.of(nu_log, theta_log).scaled(-1 / old_nu_N, 1 / old_theta_N)
     nu_R = -new_R.abs().log()
+    turns_R = ((old_theta_N[cut.ancestors_R] - new_R.angle()) / (2 * math.pi)).round()
+    theta_R = new_R.angle() + 2 * math.pi * turns_R.clamp_min(0)
     # A real positive eigenvalue has phase 0, whose logarithm does not exist; 2 pi is the same phase. A phase next
     # to 0 moves there too: gradients scale with the phase, so it could not train.
-    theta_R = new_R.angle()
     theta_R = torch.where(theta_R > SMALLEST_PHASE, theta_R, theta_R + 2 * math.pi)
     return in_s.through(gradient_map_RN).scaled(-nu_R, theta_R).with_values(nu_R.log(), theta_R.log())

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compression.moments import ParameterState
-from compression.truncation import LayerPlan, StateSelection
+from compression.plan import LayerPlan, StateSelection
 from models.layer import Dim, StackConfig, State
 from models.scan.conv import causal_conv_silu, causal_conv_silu_step
 from models.scan.selective import selective_scan
@@ -71,7 +71,12 @@ class Mamba(SelectiveLayer):
             r_BLD = self.dt_proj(dt_BLR)
         else:  # autocast would round the bias
             r_BLD = F.linear(dt_BLR, self.dt_proj.weight) + self.dt_proj.bias
-        y_BLD = selective_scan(x_BLD, r_BLD, -self.A_log.exp(), B_BLN, C_BLN, self.D, z_BLD, self._moments)
+        A_DN = -self.A_log.exp()
+        if self._moments is not None:
+            B_rows, C_rows = self.x_proj.weight[self.dt_rank :].chunk(2)
+            dt_BLD = F.softplus(r_BLD.to(A_DN.dtype))
+            self._moments.add_projections(dt_BLD, A_DN, B_BLN, C_BLN, B_rows.norm(dim=1) * C_rows.norm(dim=1))
+        y_BLD = selective_scan(x_BLD, r_BLD, A_DN, B_BLN, C_BLN, self.D, z_BLD, self._moments)
         out_BLM: Tensor = self.out_proj(y_BLD)
         return out_BLM
 
@@ -95,11 +100,19 @@ class Mamba(SelectiveLayer):
         return out_BM, (past_BDV, h_BDN)
 
     def shrink(self, plan: LayerPlan, states: Mapping[str, ParameterState]) -> dict[str, ParameterState]:
-        """Keep the chosen states in all channels: columns of A_log, and their rows of x_proj for B and for C."""
-        assert isinstance(plan.reduction, StateSelection), "a Mamba layer is cut by choosing states"
-        kept = torch.tensor(plan.reduction.kept)
-        rows = torch.cat([torch.arange(self.dt_rank), self.dt_rank + kept, self.dt_rank + plan.dim_before + kept])
+        """Keep the chosen states in all channels: columns of A_log, and their rows of x_proj for B and for C.
+
+        Where C is folded, the gradient of a kept row is what it was: its state is the same.
+        """
+        cut, weight = plan.reduction, states["x_proj.weight"]
+        assert isinstance(cut, StateSelection), "a Mamba layer is cut by choosing states"
+        kept, first_C = torch.tensor(cut.kept), self.dt_rank + plan.dim_before
+        rows = torch.cat([torch.arange(self.dt_rank), self.dt_rank + kept, first_C + kept])
+        x_proj = weight.select(lambda part: part[rows])
+        if cut.fold_RN is not None:
+            fold_RN = cut.fold_RN.to(weight.value.device)
+            x_proj.value[-len(kept) :] = (fold_RN @ weight.value[first_C:].double()).to(x_proj.value.dtype)
         return dict(states) | {
             "A_log": states["A_log"].select(lambda part: part[:, kept]),
-            "x_proj.weight": states["x_proj.weight"].select(lambda part: part[rows]),
+            "x_proj.weight": x_proj,
         }

@@ -1,7 +1,7 @@
 """Mamba-2's mixer (arXiv 2405.21060, section 7), with the parameter names and initialisation of state-spaces/mamba.
 
 Shapes: B batch, L time, M d_model, D d_inner, H heads, P width of a head, G groups, R heads of a group, N d_state,
-E all channels of the convolution (D + 2 G N), W its width, V = W - 1.
+E all channels of the convolution (D + 2 G N), W its width, V = W - 1, U d_state before the first cut.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from compression.moments import ParameterState
-from compression.truncation import LayerPlan, StateSelection
+from compression.plan import LayerPlan, StateRotation, StateSelection
 from models.layer import Dim, StackConfig, State
 from models.scan.conv import causal_conv_silu, causal_conv_silu_step
 from models.scan.norm import GatedRMSNorm
@@ -35,6 +35,11 @@ class Mamba2Config(StackConfig):
     expand: int = Field(2, ge=1, description="Inner width as a multiple of d_model.")
     headdim: int = Field(64, ge=1, description="Channels of a head, which share one decay.")
     n_groups: int = Field(1, ge=1, description="Groups of heads; those of a group share B and C.")
+    basis: Literal["axis", "rotated"] = Field(
+        "axis",
+        description="What a cut keeps: some of the states, in stock shapes; or the best combinations of them, through "
+        "two small matrices behind the convolution.",
+    )
 
     @property
     def d_inner(self) -> int:
@@ -57,18 +62,27 @@ class Mamba2Config(StackConfig):
 
 
 class Mamba2(SelectiveLayer):
-    """Selective state-space mixer with one decay per head, (B, L, M) -> (B, L, M)."""
+    """Selective state-space mixer with one decay per head, (B, L, M) -> (B, L, M).
 
-    ssm_parameters = frozenset({"A_log", "D", "dt_bias"})
+    In the rotated basis, a layer with fewer states than it began with has `B_map` and `C_map`, (N, U) each: B and C
+    are U wide up to the convolution and its activation, and go through these maps to the scan's N states.
+    """
 
-    def __init__(self, config: Mamba2Config, d_state: int) -> None:
+    ssm_parameters = frozenset({"A_log", "D", "dt_bias", "B_map", "C_map"})
+
+    def __init__(self, config: Mamba2Config, d_state: int, initial_dim: int) -> None:
         super().__init__()
         self.d_state = d_state
+        self.rotates = config.basis == "rotated"
+        self._projected = initial_dim if self.rotates else d_state
+        self.B_map = self.C_map = None
+        if self._projected > d_state:
+            self.B_map, self.C_map = (nn.Parameter(torch.eye(d_state, initial_dim)) for _ in range(2))
         self.d_inner = config.d_inner
         self.headdim = config.headdim
         self.n_groups = config.n_groups
         heads = self.d_inner // self.headdim
-        width = self.n_groups * d_state
+        width = self.n_groups * self._projected
         self._convolved = [self.d_inner, width, width]  # x, B and C
         channels = sum(self._convolved)
         self.in_proj = nn.Linear(config.d_model, self.d_inner + channels + heads, bias=False)
@@ -92,7 +106,10 @@ class Mamba2(SelectiveLayer):
         weights, biases = (torch.split(part, self._convolved) for part in (self.conv1d.weight, self.conv1d.bias))
         convolved = map(causal_conv_silu, (x_BLD, B_BLE, C_BLE), weights, biases)
         x_BLHP, B_BLGN, C_BLGN = self._heads_and_groups(*convolved)
-        y_BLHP = ssd_scan(x_BLHP, self._dt(dt_BLH), self._A(), B_BLGN, C_BLGN, self.D, self._moments)
+        dt_BLH, A_H = self._dt(dt_BLH), self._A()
+        if self._moments is not None:
+            self._add_projections(dt_BLH, A_H, B_BLGN, C_BLGN)
+        y_BLHP = ssd_scan(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, self.D, self._moments)
         out_BLM: Tensor = self.out_proj(self.norm(y_BLHP.flatten(2), z_BLD))
         return out_BLM
 
@@ -123,9 +140,21 @@ class Mamba2(SelectiveLayer):
 
     def _heads_and_groups(self, x: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (..., H, P), B and C (..., G, N)."""
+        if self.B_map is not None and self.C_map is not None:
+            B, C = F.linear(B, self.B_map), F.linear(C, self.C_map)
         groups = (self.n_groups, self.d_state)
         x = torch.unflatten(x, -1, (-1, self.headdim))
         return x, torch.unflatten(B, -1, groups), torch.unflatten(C, -1, groups)
+
+    def _add_projections(self, dt_BLH: Tensor, A_H: Tensor, B_BLGN: Tensor, C_BLGN: Tensor) -> None:
+        assert self._moments is not None
+        parts = [self.d_inner, *self._convolved, self.D.numel()]
+        _, _, B_rows, C_rows, _ = torch.split(self.in_proj.weight, parts)
+        if self.B_map is not None and self.C_map is not None:
+            B_rows, C_rows = self.B_map @ B_rows, self.C_map @ C_rows
+        dt_BLD, A_D1 = (part.repeat_interleave(self.headdim, -1) for part in (dt_BLH, A_H.unsqueeze(0)))
+        weight_N = B_rows.norm(dim=1) * C_rows.norm(dim=1)
+        self._moments.add_projections(dt_BLD, A_D1.T, B_BLGN.squeeze(2), C_BLGN.squeeze(2), weight_N)
 
     def _dt(self, raw: Tensor) -> Tensor:
         return F.softplus(raw.to(torch.promote_types(raw.dtype, torch.float32)) + self.dt_bias)
@@ -134,9 +163,21 @@ class Mamba2(SelectiveLayer):
         return -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
 
     def shrink(self, plan: LayerPlan, states: Mapping[str, ParameterState]) -> dict[str, ParameterState]:
-        """Keep the chosen states in all heads: their channels of the convolution and rows of in_proj, for B and C."""
+        """Keep the chosen states in all heads: their channels of the convolution and rows of in_proj, for B and C.
+
+        In the rotated basis both maps go through the plan's projections, their gradients through the transposed
+        inverses of those. The maps of a first cut are new, so Adam knows nothing of them.
+        """
         assert self.n_groups == 1, "a Mamba-2 layer is cut only with one group"
-        assert isinstance(plan.reduction, StateSelection), "a Mamba-2 layer is cut by choosing states"
+        if isinstance(plan.reduction, StateRotation):
+            left_RN, right_NR = (part.to(self.D.device) for part in (plan.reduction.left_RN, plan.reduction.right_NR))
+            fresh = ParameterState.fresh(torch.eye(plan.dim_before, device=self.D.device))
+            return dict(states) | {
+                "B_map": states.get("B_map", fresh).through(left_RN, right_NR.mT),
+                "C_map": states.get("C_map", fresh).through(right_NR.mT, left_RN),
+            }
+        assert isinstance(plan.reduction, StateSelection), "a Mamba-2 layer is cut by choosing or combining states"
+        assert plan.reduction.fold_RN is None, "behind the activation of C there is nothing to fold into"
         kept, D, N = torch.tensor(plan.reduction.kept), self.d_inner, plan.dim_before
         channels = torch.cat([torch.arange(D), D + kept, D + N + kept])
         rows = torch.cat([torch.arange(D), D + channels, 2 * D + 2 * N + torch.arange(self.D.numel())])

@@ -39,17 +39,18 @@ Task = LanguageTask | ClassificationTask
 def build_model(config: AnyConfig, task: Task, state_dims: Sequence[int]) -> SequenceModel:
     """A freshly initialised model with one state dimension per layer, on the CPU, in float32."""
     assert len(state_dims) == config.n_layers
-    mixers = [_mixer(config, dim) for dim in state_dims]
+    mixers = [build_mixer(config, layer, dim) for layer, dim in enumerate(state_dims)]
     if isinstance(task, LanguageTask):
         return LanguageModel(task.vocab_size, config.d_model, mixers)
     return Classifier(task.n_features, task.n_classes, config.d_model, mixers)
 
 
-def _mixer(config: AnyConfig, d_state: int) -> TruncatableLayer:
+def build_mixer(config: AnyConfig, layer: int, d_state: int) -> TruncatableLayer:
+    """The mixer of one layer with `d_state` states left, freshly initialised, on the CPU, in float32."""
     match config:
         case LRUConfig():
             return LRU(config, d_state)
         case MambaConfig():
             return Mamba(config, d_state)
         case Mamba2Config():
-            return Mamba2(config, d_state)
+            return Mamba2(config, d_state, config.state_dims[layer])

@@ -19,12 +19,16 @@ class SelectiveLayer(TruncatableLayer):
 
     statistics_need_tokens = True
 
+    rotates = False
+    """Whether a cut may combine states instead of choosing among them."""
+
     d_inner: int
     D: Tensor
     _moments: SelectiveMoments | None = None
 
     def start_statistics(self) -> None:
         self._moments = SelectiveMoments.zeros(self.d_inner, self.d_state, self.D.device)
+        self._moments.rotates = self.rotates
 
     def finish_statistics(self) -> SelectiveMoments:
         assert self._moments is not None, "start_statistics comes first"

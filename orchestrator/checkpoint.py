@@ -23,6 +23,7 @@ from torch import Tensor
 from compression.moments import ParameterState
 from orchestrator.errors import UserError
 from orchestrator.group import Group
+from orchestrator.guard import Watch
 from orchestrator.sharded_state import ShardedState, assign_owners
 
 MANIFEST = "manifest.json"
@@ -51,6 +52,7 @@ class Manifest(BaseModel):
     shard_of: dict[str, int]
     shards: list[Shard]
     truncations: list[dict[str, Any]]
+    watch: Watch | None = None
     config: dict[str, Any]
     data_sha256: str
     digest: str = ""
@@ -66,6 +68,7 @@ def save(
     state: ShardedState,
     state_dims: Sequence[int],
     truncations: Sequence[dict[str, Any]],
+    watch: Watch | None,
     config: dict[str, Any],
     data_sha256: str,
     group: Group,
@@ -95,6 +98,7 @@ def save(
             shard_of=state.owners,
             shards=[Shard(file=file, sha256=digest) for file, digest in zip(files, digests, strict=True)],
             truncations=list(truncations),
+            watch=watch,
             config=config,
             data_sha256=data_sha256,
         )
@@ -106,9 +110,19 @@ def save(
     return final
 
 
+def drop_after(folder: Path, step: int) -> None:
+    """Delete the complete checkpoints of later steps: what they hold has been taken back."""
+    while (path := newest(folder)) is not None and _step(path) > step:
+        shutil.rmtree(path)
+
+
 def newest(folder: Path) -> Path | None:
     """The complete checkpoint of the highest step below `folder`."""
     return max((path.parent for path in folder.glob(f"step-*/{MANIFEST}") if path.parent.suffix == ""), default=None)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def verify(path: Path) -> Manifest:

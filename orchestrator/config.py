@@ -22,8 +22,11 @@ from pydantic import (
     model_validator,
 )
 
+from compression.moments import Carry
+from compression.planning import Rule
 from compression.ranking import Target
-from compression.schedule import Steps, Window
+from compression.schedule import Stable, Steps, Window
+from compression.scores import Score
 from models.mamba2 import Mamba2Config
 from models.registry import ModelConfig
 from orchestrator.data.sources import DataConfig, Digits, StdlibText, TextFiles, absolute
@@ -61,25 +64,42 @@ class TrainConfig(_Part):
     checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints; there is one at the end too.")
 
 
+class GuardConfig(_Part):
+    """Taking back a cut that hurts: the run returns to the state before it, and goes on without further cuts."""
+
+    metric: Literal["val_loss", "val_accuracy"] = Field("val_loss", description="Held-out metric that is watched.")
+    tolerance: float = Field(0.02, ge=0, description="Share by which it may be worse than right before the cut.")
+    patience: int = Field(0, ge=0, description="Evaluations after the one right after the cut that may pass meanwhile.")
+
+
 class TruncationConfig(_Part):
     """When to probe the state and how far to cut it."""
 
     target: Target
     window: Window | None = Field(None, description="Equidistant probes; by default four in the first tenth.")
     steps: Steps | None = Field(None, description="Explicit probe steps instead of a window.")
+    stable: Stable | None = Field(None, description="Instead of a window, one cut per layer when its ranking rests.")
+    score: Score = Field("hankel", description="What ranks the states.")
+    compensate: bool = Field(
+        False, description="Fold what the cut states contributed into the kept ones' output projection (Mamba-1)."
+    )
+    moments: Carry = Field(
+        "transport", description="Adam's moments go through the cut's maps; slice and reset are for comparison."
+    )
+    guard: GuardConfig | None = Field(None, description="Left out: cuts are never taken back.")
     probe_batches: int = Field(2, ge=1, description="Training batches from which a probe takes its statistics.")
 
     @model_validator(mode="before")
     @classmethod
     def _default_timing(cls, raw: Any) -> Any:
-        if isinstance(raw, dict) and raw.get("window") is None and raw.get("steps") is None:
+        if isinstance(raw, dict) and all(raw.get(timing) is None for timing in ("window", "steps", "stable")):
             return raw | {"window": {}}
         return raw
 
     @model_validator(mode="after")
     def _one_timing(self) -> TruncationConfig:
-        if self.window is not None and self.steps is not None:
-            raise ValueError("takes window or steps, not both")
+        if sum(timing is not None for timing in (self.window, self.steps, self.stable)) > 1:
+            raise ValueError("takes one of window, steps and stable")
         if self.steps is not None and any(b <= a for a, b in zip(self.steps, self.steps[1:], strict=False)):
             raise ValueError(f"steps {list(self.steps)} must increase")
         return self
@@ -88,8 +108,9 @@ class TruncationConfig(_Part):
         """Steps (from 1) after which the state is probed."""
         if self.steps is not None:
             return self.steps
-        assert self.window is not None, "the default timing is a window"
-        return self.window.probe_steps(total_steps)
+        timing = self.window or self.stable
+        assert timing is not None, "the default timing is a window"
+        return timing.probe_steps(total_steps)
 
 
 class ClusterConfig(_Part):
@@ -147,15 +168,8 @@ class RunConfig(_Part):
                 f"train.batch_size {self.train.batch_size} must be a multiple of cluster.workers {self.cluster.workers}"
             )
         if self.truncation is not None:
-            if isinstance(self.model, Mamba2Config) and self.model.n_groups > 1:
-                raise ValueError(
-                    f"model.n_groups {self.model.n_groups} must be 1 with truncation, "
-                    "which chooses states of one group; or set truncation to null"
-                )
-            dim = self.truncation.target.dim
-            largest = max(self.model.state_dims)
-            if dim is not None and dim > largest:
-                raise ValueError(f"truncation.target.dim {dim} must lie between 1 and model.d_state {largest}")
+            self._check_reduction(self.truncation)
+            self._check_target(self.truncation.target)
             probes = self.probe_steps
             if probes[-1] > self.train.steps:
                 raise ValueError(
@@ -164,14 +178,55 @@ class RunConfig(_Part):
                 )
             if probes[0] < 1 or len(set(probes)) < len(probes):
                 raise ValueError(
-                    f"truncation.window has {len(probes)} events, too many for the {probes[-1]} steps it covers; "
-                    f"lower its events, raise its end, or raise train.steps {self.train.steps}"
+                    f"truncation has {len(probes)} probes, too many for the {probes[-1]} steps they cover; "
+                    f"take fewer, end them later, or raise train.steps {self.train.steps}"
                 )
         return self
+
+    def _check_reduction(self, truncation: TruncationConfig) -> None:
+        model = self.model
+        if isinstance(model, Mamba2Config) and model.n_groups > 1:
+            raise ValueError(
+                f"model.n_groups {model.n_groups} must be 1 with truncation, "
+                "which chooses states of one group; or set truncation to null"
+            )
+        combines = model.kind == "lru" or (isinstance(model, Mamba2Config) and model.basis == "rotated")
+        if combines and truncation.score not in ("hankel", "smallest", "random"):
+            raise ValueError(
+                f"truncation.score {truncation.score} chooses among states, which this model combines; "
+                "it must be hankel, smallest or random"
+            )
+        if truncation.compensate and model.kind != "mamba":
+            raise ValueError(
+                f"truncation.compensate needs the linear output projection of model.kind mamba, not {model.kind}"
+            )
+        metric = truncation.guard.metric if truncation.guard else "val_loss"
+        if metric == "val_accuracy" and isinstance(self.data, StdlibText | TextFiles):
+            raise ValueError("truncation.guard.metric val_accuracy needs a task with labels; here it must be val_loss")
+
+    def _check_target(self, target: Target) -> None:
+        dims = self.model.state_dims
+        if target.dim is not None and target.dim > max(dims):
+            raise ValueError(f"truncation.target.dim {target.dim} must lie between 1 and model.d_state {max(dims)}")
+        least = len(dims) * (target.ladder[0] if target.ladder else 1)
+        states = target.budget.states if target.budget else None
+        if states is not None and not least <= states <= sum(dims):
+            raise ValueError(
+                f"truncation.target.budget.states {states} must lie between {least}, the least that "
+                f"{len(dims)} layers can have, and {sum(dims)}, what they begin with"
+            )
 
     @property
     def probe_steps(self) -> tuple[int, ...]:
         return self.truncation.probe_steps(self.train.steps) if self.truncation is not None else ()
+
+    @property
+    def truncation_rule(self) -> Rule | None:
+        """What all probes go by; None without truncation."""
+        if self.truncation is None:
+            return None
+        t = self.truncation
+        return Rule(t.target, t.score, t.compensate, t.stable, tuple(self.model.state_dims), self.seed)
 
     @property
     def seq_len(self) -> int | None:

@@ -1,4 +1,8 @@
-"""The coordinator: an actor that gathers statistics, ranks states over all layers, and gives everyone one plan.
+"""The coordinator: an actor that gathers spectra, ranks states over all layers, and gives everyone one plan.
+
+Statistics never reach it: each layer's owner among the workers solves that layer, so that the work falls with the
+number of workers, and sends a spectrum. Once ranks are decided the owners send their layers' reductions, which
+everyone gets as one plan.
 
 The driver owns the actor, so it outlives worker restarts and dies with the driver. It is also where rank 0
 leaves what the driver shows and records.
@@ -8,83 +12,143 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import ray
 
 from compression.gramians import SelectiveMoments, Statistics
-from compression.ranking import Target
-from compression.truncation import TruncationPlan, keep_everything, plan_truncation
+from compression.plan import LayerPlan, TruncationPlan
+from compression.planning import (
+    Decision,
+    Occasion,
+    Rule,
+    Submission,
+    assemble,
+    decide,
+    keep_everything,
+    layer_plan,
+    solve_layer,
+)
+from compression.truncation import Solution
 from orchestrator.events import Event
 from orchestrator.group import Group
 
 logger = logging.getLogger(__name__)
+
+Stage = Literal["spectra", "reductions"]
 
 
 class StaleAttemptError(RuntimeError):
     """A worker of a dead attempt asked for a plan."""
 
 
+@dataclass(frozen=True)
+class Failure:
+    """What an owner submits when its layers cannot be ranked."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Sender:
+    """Who submits, and for which probe."""
+
+    occasion: Occasion
+    rank: int
+    dims: tuple[int, ...]
+
+
 @dataclass
 class _Meeting:
-    """One probe's submissions, and the plan that all of them wait for."""
+    """One stage of one probe: what has come in, and the answer that all wait for."""
 
-    plan: asyncio.Future[TruncationPlan]
+    answer: asyncio.Future[Any]
     closed: asyncio.Event = field(default_factory=asyncio.Event)
-    settling: asyncio.Task[None] | None = None  # held here, because the event loop alone would let it be collected
     present: set[int] = field(default_factory=set)
-    statistics: dict[int, Statistics] = field(default_factory=dict)
+    layers: dict[int, Any] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
 
 
 class Coordinator:
     """Fenced by (attempt, step, rank): duplicates change nothing, stragglers of a dead attempt are refused."""
 
-    def __init__(
-        self, target: Target | None, initial_dims: Sequence[int], probes: Sequence[int], timeout_s: float
-    ) -> None:
-        self._target = target
-        self._initial_dims = list(initial_dims)
-        self._probes = list(probes)
+    def __init__(self, rule: Rule | None, timeout_s: float) -> None:
+        self._rule = rule
         self._timeout_s = timeout_s
         self._attempt = 0
         self._workers = 0
-        self._meetings: dict[int, _Meeting] = {}
+        self._meetings: dict[tuple[int, Stage], _Meeting] = {}
+        self._previous: TruncationPlan | None = None
         self._events: list[Event] = []
 
-    async def begin_attempt(self, workers: int) -> int:
-        """A new group of workers takes over; returns its number (from 1). Older groups are refused from now on."""
+    async def begin_attempt(self, workers: int, previous: TruncationPlan | None = None) -> int:
+        """A new group of workers takes over; returns its number (from 1). Older groups are refused from now on.
+
+        `previous` is the plan of the last probe that its state has been through, if any.
+        """
         self._attempt += 1
         self._workers = workers
+        self._previous = previous
         self._meetings.clear()
         return self._attempt
 
     async def decide(
-        self, attempt: int, step: int, rank: int, dims: Sequence[int], statistics: Mapping[int, Statistics]
-    ) -> TruncationPlan:
-        """Submit the layers that `rank` owns and wait for the plan of this probe.
+        self, sender: Sender, layers: Mapping[int, Submission] | Failure
+    ) -> list[Decision] | TruncationPlan:
+        """Submit the spectra of the layers that a rank owns; what is decided for each layer, once all have.
 
         Every rank must call this. When one has not after the deadline, everyone present gets a plan that keeps
         all states and names who was missing.
 
         Raises:
-            StaleAttemptError: `attempt` has been superseded.
-            ValueError: the statistics cannot be ranked (NaN, unstable).
+            StaleAttemptError: the attempt has been superseded.
+            ValueError: the layers of some owner cannot be ranked (NaN, unstable).
         """
+
+        def settle(layers: dict[int, Submission]) -> list[Decision]:
+            assert self._rule is not None
+            ordered = [layers[layer] for layer in range(len(layers))]
+            return decide(ordered, self._rule, sender.occasion, self._previous)
+
+        return await self._meet("spectra", sender, layers, settle)  # type: ignore[no-any-return]
+
+    async def assemble(self, sender: Sender, layers: Mapping[int, LayerPlan]) -> TruncationPlan:
+        """Submit the reductions of the layers that a rank owns; the plan of this probe, once all have.
+
+        Deadline and errors are those of `decide`.
+        """
+
+        def settle(layers: dict[int, LayerPlan]) -> TruncationPlan:
+            self._previous = assemble(layers, sender.occasion)
+            return self._previous
+
+        return await self._meet("reductions", sender, layers, settle)  # type: ignore[no-any-return]
+
+    async def _meet(
+        self, stage: Stage, sender: Sender, layers: Mapping[int, Any] | Failure, settle: Callable[[dict[int, Any]], Any]
+    ) -> Any:
+        attempt, step = sender.occasion.attempt, sender.occasion.step
         if attempt != self._attempt:
-            raise StaleAttemptError(f"rank {rank} asks for attempt {attempt}, but attempt {self._attempt} is on")
-        assert self._target is not None
-        if step not in self._meetings:
-            self._meetings[step] = _Meeting(asyncio.get_running_loop().create_future())
-        meeting = self._meetings[step]
-        if rank not in meeting.present and not meeting.closed.is_set():
-            meeting.present.add(rank)
-            meeting.statistics.update(statistics)
+            raise StaleAttemptError(f"rank {sender.rank} asks for attempt {attempt}, but attempt {self._attempt} is on")
+        # Of earlier probes nothing is awaited any more: every rank has had its answer before it came here.
+        self._meetings = {key: meeting for key, meeting in self._meetings.items() if key[0] >= step}
+        if (step, stage) not in self._meetings:
+            self._meetings[step, stage] = _Meeting(asyncio.get_running_loop().create_future())
+        meeting = self._meetings[step, stage]
+        if sender.rank not in meeting.present and not meeting.closed.is_set():
+            meeting.present.add(sender.rank)
+            if isinstance(layers, Failure):
+                meeting.failures.append(layers.reason)
+            else:
+                meeting.layers.update(layers)
             if len(meeting.present) == self._workers:
                 meeting.closed.set()
-                meeting.settling = asyncio.get_running_loop().create_task(self._settle(meeting, attempt, step))
-        # The deadline is for those who are awaited, not for the computation.
+                if meeting.failures:
+                    meeting.answer.set_exception(ValueError("; ".join(sorted(meeting.failures))))
+                else:
+                    meeting.answer.set_result(settle(meeting.layers))
         try:
             await asyncio.wait_for(meeting.closed.wait(), self._timeout_s)
         except TimeoutError:
@@ -93,21 +157,8 @@ class Coordinator:
                 missing = ", ".join(map(str, sorted(set(range(self._workers)) - meeting.present)))
                 reason = f"kept: rank {missing} did not submit within {self._timeout_s:g} s"
                 logger.warning("probe at step %d: %s", step, reason)
-                meeting.plan.set_result(keep_everything(dims, step, attempt, self._event(step), reason))
-        return await asyncio.shield(meeting.plan)
-
-    async def _settle(self, meeting: _Meeting, attempt: int, step: int) -> None:
-        assert self._target is not None
-        event = self._event(step)
-        statistics = [meeting.statistics[layer] for layer in range(len(self._initial_dims))]
-        arguments = (statistics, self._target, self._initial_dims, step, attempt, event, len(self._probes))
-        try:
-            meeting.plan.set_result(await asyncio.to_thread(plan_truncation, *arguments))
-        except Exception as error:  # noqa: BLE001 -- every waiting worker is to hear of it
-            meeting.plan.set_exception(error)
-
-    def _event(self, step: int) -> int:
-        return self._probes.index(step) + 1
+                meeting.answer.set_result(keep_everything(sender.dims, sender.occasion, reason))
+        return await asyncio.shield(meeting.answer)
 
     async def publish(self, events: Sequence[Event]) -> None:
         """Leave events for the driver. A sender that waits for this keeps them in order."""
@@ -120,15 +171,18 @@ class Coordinator:
 
 
 def coordinate(
-    coordinator: Any, attempt: int, step: int, statistics: Sequence[Statistics], group: Group
+    coordinator: Any, rule: Rule, occasion: Occasion, statistics: Sequence[Statistics], group: Group
 ) -> TruncationPlan:
-    """One probe as a worker sees it: reduce, submit the layers it owns, get the plan that everyone gets.
+    """One probe as a worker sees it: reduce, solve and submit the layers it owns, get the plan that everyone gets.
 
-    Moments are summed over the workers towards one owner per layer, so that the actor receives one set in all.
+    Moments are summed over the workers towards one owner per layer.
 
     Raises:
         DisagreementError: another worker got another plan.
     """
+    sender = Sender(occasion, group.rank, tuple(part.d_state for part in statistics))
+    solutions: dict[int, Solution] = {}
+    submission: dict[int, Submission] | Failure = {}
     own: dict[int, Statistics] = {}
     for layer, part in enumerate(statistics):
         owner = layer % group.size
@@ -136,7 +190,14 @@ def coordinate(
             part = part.from_vector(group.sum_at(owner, part.to_vector()).cpu())
         if owner == group.rank:
             own[layer] = part
-    dims = [part.d_state for part in statistics]
-    plan: TruncationPlan = ray.get(coordinator.decide.remote(attempt, step, group.rank, dims, own))
-    group.prove_equal(f"the plan of step {step}", plan.digest)
-    return plan
+    try:
+        solutions = {layer: solve_layer(layer, part, rule, occasion.step) for layer, part in own.items()}
+        submission = {layer: Submission.of(solution) for layer, solution in solutions.items()}
+    except ValueError as error:
+        submission = Failure(str(error))
+    plan = ray.get(coordinator.decide.remote(sender, submission))
+    if not isinstance(plan, TruncationPlan):
+        layers = {layer: layer_plan(layer, solution, plan[layer]) for layer, solution in solutions.items()}
+        plan = ray.get(coordinator.assemble.remote(sender, layers))
+    group.prove_equal(f"the plan of step {occasion.step}", plan.digest)
+    return plan  # type: ignore[no-any-return]

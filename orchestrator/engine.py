@@ -10,12 +10,15 @@ from typing import Any
 
 import deepspeed
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from compression.gramians import Statistics
-from compression.truncation import TruncationPlan
+from compression.moments import ParameterState
+from compression.plan import LayerPlan, TruncationPlan
 from models.heads import SequenceModel
-from models.registry import ClassificationTask, Task, build_model
+from models.layer import TruncatableLayer
+from models.registry import ClassificationTask, Task, build_mixer, build_model
 from models.scan import backends
 from orchestrator.config import RunConfig, TrainConfig
 from orchestrator.data.batches import Batch
@@ -85,12 +88,38 @@ class Engine:
                 self._engine(batch.inputs.to(self._group.device))
         return [mixer.finish_statistics() for mixer in mixers]
 
+    def certify(self, plan: TruncationPlan, batches: Iterable[Batch]) -> tuple[TruncationPlan, dict[str, float]]:
+        """What the cut does to each layer's output on these batches, and `evaluate`'s metrics of the uncut model.
+
+        Every layer gets the input that the uncut model gives it, so that the errors are each layer's own.
+        """
+        mixers = self._model.mixers()
+        squares = torch.zeros(2, len(mixers), dtype=torch.float64)  # of the change, and of the output
+
+        def compare(layer: int, smaller: TruncatableLayer) -> RemovableHandle:
+            def hook(_: nn.Module, inputs: tuple[Tensor], out_BLM: Tensor) -> None:
+                change_BLM = smaller(*inputs).float() - out_BLM.float()
+                for row, part in enumerate((change_BLM, out_BLM.float())):
+                    squares[row, layer] += float(part.square().sum(dtype=torch.float64))
+
+            return mixers[layer].register_forward_hook(hook)
+
+        hooks = [compare(cut.layer, self._shrunk(cut)) for cut in plan.layers if cut.reduction is not None]
+        metrics = self.evaluate(batches)
+        for handle in hooks:
+            handle.remove()
+        change, output = self._group.sum(squares).sqrt().tolist()
+        # Without an output there is nothing that a cut could change.
+        errors = [part / whole if whole > 0 else 0.0 for part, whole in zip(change, output, strict=True)]
+        return plan.certified(errors), metrics
+
     def reshape(self, plan: TruncationPlan) -> None:
         """Apply a plan to masters, moments and model; the engine is built again around the smaller model."""
-        state = self._read(plan)
-        self.close()
-        self._build(plan.dims_after)
-        self.load(state)
+        self._rebuild(plan.dims_after, self._read(plan))
+
+    def restore(self, state_dims: Sequence[int], state: ShardedState) -> None:
+        """Go back to a state that the engine had with these dimensions."""
+        self._rebuild(state_dims, state)
 
     def state(self) -> ShardedState:
         """Everything that training has changed, spread over the workers."""
@@ -127,6 +156,19 @@ class Engine:
         # Engine, optimizer and parameters refer to each other in circles (DeepSpeed issue 7204).
         gc.collect()
 
+    def _rebuild(self, state_dims: Sequence[int], state: ShardedState) -> None:
+        self.close()
+        self._build(state_dims)
+        self.load(state)
+
+    def _shrunk(self, cut: LayerPlan) -> TruncatableLayer:
+        """One layer as the plan would leave it."""
+        mixer = self._model.mixers()[cut.layer]
+        states = {name: ParameterState.fresh(parameter.detach()) for name, parameter in mixer.named_parameters()}
+        smaller = build_mixer(self._config.model, cut.layer, cut.dim_after).to(self._group.device)
+        smaller.load_state_dict({name: state.value for name, state in mixer.shrink(cut, states).items()})
+        return smaller
+
     def _build(self, state_dims: Sequence[int]) -> None:
         torch.manual_seed(self._config.seed)
         self._model: SequenceModel = build_model(self._config.model, self._task, state_dims).to(self._group.device)
@@ -151,7 +193,10 @@ class Engine:
             index = layers[prefix]
             own = {name.removeprefix(prefix): state for name, state in states.items()}
             shrunk = mixers[index].shrink(plan.layers[index], own)
-            return {prefix + name: state for name, state in shrunk.items()}
+            assert self._config.truncation is not None
+            carry = self._config.truncation.moments
+            kept = {name: own[name].replaced(carry, state) if name in own else state for name, state in shrunk.items()}
+            return {prefix + name: state for name, state in kept.items()}
 
         groups = parameter_groups(self._model, layers)
         return read_state(self._model, self._engine.optimizer, groups, shrink, self._group)

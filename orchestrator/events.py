@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from compression.truncation import TruncationPlan
+from compression.plan import TruncationPlan
 from orchestrator.config import RunConfig
 
 
@@ -30,16 +30,23 @@ class Measured:
 
 @dataclass(frozen=True)
 class CutRecord:
-    """One truncation as `summary.json` lists it. `seconds`: from the probe's start to the rebuilt engine."""
+    """One truncation as `summary.json` lists it. `seconds`: from the probe's start to the rebuilt engine.
+
+    Per layer: dimensions, the share of the HSV mass that is kept, the bound on the error of LTI layers, and the
+    measured relative error of the output (`LayerPlan`).
+    """
 
     step: int
     dims_before: list[int]
     dims_after: list[int]
     mass_kept: list[float]
+    error_bounds: list[float | None]
+    output_errors: list[float]
     seconds: float
     digest: str
     val_loss_before: float
     val_loss_after: float
+    rolled_back: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -51,6 +58,17 @@ class Probed:
 
     plan: TruncationPlan
     cut: CutRecord | None
+
+
+@dataclass(frozen=True)
+class RolledBack:
+    """The guard has returned the run to the state before the cut at `step`; it measured `value` after step `at`."""
+
+    step: int
+    at: int
+    metric: str
+    before: float
+    value: float
 
 
 @dataclass(frozen=True)
@@ -70,4 +88,4 @@ class Started:
     scans: str
 
 
-Event = Measured | Probed | Saved | Started
+Event = Measured | Probed | RolledBack | Saved | Started

@@ -5,14 +5,17 @@ from __future__ import annotations
 import statistics
 import threading
 from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from compression.plan import TruncationPlan
 from orchestrator.config import RunConfig
 from orchestrator.errors import TrainingError
-from orchestrator.events import CutRecord, Event, Measured, Probed, Saved, Started
+from orchestrator.events import CutRecord, Event, Measured, Probed, RolledBack, Saved, Started
 from orchestrator.run_folder import plan_path
 from orchestrator.terminal import Terminal, count, dims, duration
 from orchestrator.tracking import Tracker
@@ -23,8 +26,17 @@ POLL_S = 0.5
 class Follower:
     """Drains the coordinator while the main thread waits for the training to end."""
 
-    def __init__(self, config: RunConfig, folder: Path, coordinator: Any, tracker: Tracker, terminal: Terminal) -> None:
-        self.cuts: list[CutRecord] = []
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        coordinator: Any,
+        tracker: Tracker,
+        terminal: Terminal,
+        cuts: Sequence[CutRecord],
+    ) -> None:
+        self.cuts = list(cuts)
+        """Of the whole run, those before it was resumed included."""
         self.checkpoint: str | None = None
         self.step = 0
         self.failure: Exception | None = None
@@ -80,12 +92,21 @@ class Follower:
                     self._dims = [value for key, value in sorted(metrics.items()) if key.startswith("d_state_")]
             case Probed(plan, cut):
                 self._tracker.artifact(plan_path(self._folder, plan), "plans")
+                self._tracker.log(plan.step, movement(plan))
                 if cut is None:
                     reasons = "; ".join(sorted({layer.reason for layer in plan.layers}))
-                    self._terminal.line(f"probe at step {plan.step}: nothing cut ({reasons})")
+                    moved = describe_movement(plan)
+                    self._terminal.line(f"probe at step {plan.step}: nothing cut ({reasons}){moved}")
                 else:
                     self.cuts.append(cut)
-                    self._terminal.line(describe_cut(cut))
+                    self._terminal.line(describe_cut(cut) + describe_movement(plan))
+            case RolledBack(step, at, metric, before, value):
+                self.step = step
+                self.cuts = [replace(cut, rolled_back=cut.rolled_back or cut.step >= step) for cut in self.cuts]
+                self._terminal.line(
+                    f"rolled back to step {step}, before the cut: {metric} was {before:.4f} there and is {value:.4f} "
+                    f"after step {at}; nothing more will be cut"
+                )
             case Saved(_, path):
                 self.checkpoint = path
 
@@ -102,12 +123,30 @@ class Follower:
         )
 
 
+def movement(plan: TruncationPlan) -> dict[str, float]:
+    """Drift and overlap of each layer since the last probe, as metrics."""
+    metrics = {}
+    for layer in plan.layers:
+        for name, value in (("hsv_drift", layer.drift), ("kept_overlap", layer.overlap)):
+            if value is not None:
+                metrics[f"{name}_{layer.layer:02d}"] = value
+    return metrics
+
+
+def describe_movement(plan: TruncationPlan) -> str:
+    """The largest drift and the least overlap of any layer, which say why a cut comes now."""
+    drifts = [layer.drift for layer in plan.layers if layer.drift is not None]
+    overlaps = [layer.overlap for layer in plan.layers if layer.overlap is not None]
+    words = f"; since the last probe {max(drifts):.1%} of the spectrum moved" if drifts else ""
+    return words + (f", {min(overlaps):.0%} of the kept states stayed" if drifts and overlaps else "")
+
+
 def describe_cut(cut: CutRecord) -> str:
     """A truncation in one line."""
     mass = sorted({f"{share:.1%}" for share in cut.mass_kept})
     kept = mass[0] if len(mass) == 1 else f"{min(cut.mass_kept):.1%} to {max(cut.mass_kept):.1%}"
     return (
         f"cut at step {cut.step}: states {dims(cut.dims_before)} -> {dims(cut.dims_after)}, "
-        f"{kept} of the Hankel mass kept, held-out loss {cut.val_loss_before:.3f} -> {cut.val_loss_after:.3f}, "
-        f"{cut.seconds:.1f} s"
+        f"{kept} of the Hankel mass kept, layers' outputs changed by at most {max(cut.output_errors):.1%}, "
+        f"held-out loss {cut.val_loss_before:.3f} -> {cut.val_loss_after:.3f}, {cut.seconds:.1f} s"
     )

@@ -22,7 +22,7 @@ from orchestrator.data.arrow import describe
 from orchestrator.data.batches import TrainBatches, validation_batches
 from orchestrator.data.sources import prepare
 from orchestrator.errors import TrainingError, UserError
-from orchestrator.events import Job
+from orchestrator.events import CutRecord, Job
 from orchestrator.follow import Follower
 from orchestrator.mlflow_tracker import mlflow_command
 from orchestrator.ray_cluster import ray_cluster
@@ -75,8 +75,7 @@ def _run(config: RunConfig, folder: Path, earlier: Earlier | None, terminal: Ter
     """Train, then write the summary and the report, with everything tracked."""
     with tracking(config, folder, terminal.line) as tracker:
         follower = _train(config, folder, earlier, tracker, terminal)
-        before = earlier.manifest.truncations if earlier else []
-        truncations = [*before, *(cut.as_dict() for cut in follower.cuts)]
+        truncations = [cut.as_dict() for cut in follower.cuts]
         last = follower.checkpoint or (str(earlier.checkpoint) if earlier else None)
         summary = write_summary(config, folder, truncations, tracker.mlflow_run_id, last)
         report = write_report(folder)
@@ -88,17 +87,9 @@ def _run(config: RunConfig, folder: Path, earlier: Earlier | None, terminal: Ter
 
 
 def _train(config: RunConfig, folder: Path, earlier: Earlier | None, tracker: Tracker, terminal: Terminal) -> Follower:
-    coordinator = (
-        ray.remote(Coordinator)
-        .options(num_cpus=0)
-        .remote(
-            config.truncation.target if config.truncation else None,
-            config.model.state_dims,
-            config.probe_steps,
-            config.cluster.timeout_s,
-        )
-    )
-    follower = Follower(config, folder, coordinator, tracker, terminal)
+    coordinator = ray.remote(Coordinator).options(num_cpus=0).remote(config.truncation_rule, config.cluster.timeout_s)
+    cuts = [CutRecord(**record) for record in earlier.manifest.truncations] if earlier else []
+    follower = Follower(config, folder, coordinator, tracker, terminal, cuts)
     try:
         _wait_for(_trainer(config, Job(config, folder, earlier.checkpoint if earlier else None, coordinator)), follower)
     except ray.train.TrainingFailedError as error:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import ray
@@ -10,17 +13,20 @@ import ray.train
 import ray.train.torch
 import torch
 
+from compression.plan import TruncationPlan
+from compression.planning import Occasion
 from models.registry import Task
 from models.scan import backends
 from orchestrator import checkpoint
 from orchestrator.coordinator import coordinate
 from orchestrator.data import arrow
-from orchestrator.data.batches import TrainBatches, validation_batches
+from orchestrator.data.batches import Batch, TrainBatches, validation_batches
 from orchestrator.data.sources import prepare
 from orchestrator.engine import Engine, learning_rate
-from orchestrator.events import CutRecord, Event, Job, Measured, Probed, Saved, Started
+from orchestrator.events import CutRecord, Event, Job, Measured, Probed, RolledBack, Saved, Started
 from orchestrator.group import Group
-from orchestrator.run_folder import write_plan
+from orchestrator.guard import Watch
+from orchestrator.run_folder import last_plan, write_plan
 
 
 def train_worker(job: Job) -> None:
@@ -40,7 +46,6 @@ class Worker:
         backends.force(config.cluster.scan)
         device = ray.train.torch.get_device() if config.cluster.use_gpu else torch.device("cpu")
         self.group = Group(context.get_world_rank(), context.get_world_size(), device)
-        self.attempt = self._begin_attempt()
 
         self.data = prepare(config.data, config.data_root)
         description = arrow.describe(self.data)
@@ -51,24 +56,27 @@ class Worker:
         )
         self.step = 0
         self.truncations: list[CutRecord] = []
-        self.engine = self._restore(job.resume_from, description.task)
+        self.watch: Watch | None = None
+        self.engine = self._start(job.resume_from, description.task)
+        self.attempt = self._begin_attempt()
         self.pending: list[tuple[int, torch.Tensor, float]] = []  # step, loss, seconds
 
     def run(self) -> None:
         config = self.config
         self._publish([Started(self.step, self.engine.parameter_count, self.engine.scans)])
         train, probes = config.train, set(config.probe_steps)
-        for step in range(self.step + 1, train.steps + 1):
-            self.step = step
+        while self.step < train.steps:
+            self.step += 1
             self._train_step()
-            last = step == train.steps
-            probe, evaluate = step in probes, last or step % train.eval_every == 0
-            if probe or evaluate or step % train.log_every == 0:
+            last = self.step == train.steps
+            probe = self.step in probes and self._may_cut()
+            evaluate = last or self.step % train.eval_every == 0
+            if probe or evaluate or self.step % train.log_every == 0:
                 self._report_losses()
             cut = probe and self._probe()
             if evaluate and not cut:
                 self._measure(self._evaluate())
-            if last or cut or step % train.checkpoint_every == 0:
+            if last or cut or self.step % train.checkpoint_every == 0:
                 self._save()
         self.engine.close()
 
@@ -76,19 +84,28 @@ class Worker:
         """Rank 0 announces this group of workers to the coordinator and tells the others its number."""
         number = torch.zeros(1, dtype=torch.int64)
         if self.group.rank == 0:
-            number += ray.get(self.coordinator.begin_attempt.remote(self.group.size))
+            previous = last_plan(self.folder, self.step)
+            number += ray.get(self.coordinator.begin_attempt.remote(self.group.size, previous))
         return int(self.group.broadcast(number, 0))
 
-    def _restore(self, path: Path | None, task: Task) -> Engine:
+    def _start(self, path: Path | None, task: Task) -> Engine:
         config = self.config
         if path is None:
             return Engine(config, task, config.model.state_dims, self.group)
         manifest = checkpoint.read_manifest(path)  # the driver has verified the checkpoint
         engine = Engine(config, task, manifest.state_dims, self.group)
         engine.load(checkpoint.load(path, manifest, self.group))
-        self.step = manifest.step
+        self.step, self.watch = manifest.step, manifest.watch
         self.truncations = [CutRecord(**record) for record in manifest.truncations]
         return engine
+
+    def _may_cut(self) -> bool:
+        """No more cuts after one that was taken back; and one cut is all that a layer gets when it has come to rest."""
+        if any(cut.rolled_back for cut in self.truncations):
+            return False
+        rule = self.config.truncation_rule
+        pairs = zip(self.engine.state_dims, self.config.model.state_dims, strict=True)
+        return rule is not None and (rule.stable is None or any(dim == initial for dim, initial in pairs))
 
     def _train_step(self) -> None:
         started = time.perf_counter()
@@ -119,38 +136,49 @@ class Worker:
     def _probe(self) -> bool:
         """Gather, decide, and cut if the plan says so."""
         started = time.perf_counter()
+        rule, probes = self.config.truncation_rule, self.config.probe_steps
+        assert rule is not None
         steps = range(self.step, self.step - self.probe_batches, -1)
         statistics = self.engine.statistics(self.batches.at(step) for step in steps)
-        plan = coordinate(self.coordinator, self.attempt, self.step, statistics, self.group)
+        occasion = Occasion(self.step, self.attempt, probes.index(self.step) + 1, len(probes))
+        plan = coordinate(self.coordinator, rule, occasion, statistics, self.group)
         seconds = time.perf_counter() - started
-        if self.group.rank == 0:
-            write_plan(self.folder, plan)
         if not plan.truncates:
+            self._keep_plan(plan)
             self._publish([Probed(plan, None)])
             return False
 
-        before = self._evaluate()
+        plan, before = self.engine.certify(plan, self._held_out())
+        self._keep_plan(plan)
+        guard = self.config.truncation.guard if self.config.truncation else None
+        if guard is not None and self.watch is None:
+            self.watch = Watch(step=self.step, before=before[guard.metric], evaluations_left=guard.patience + 1)
+            self._write_checkpoint(self.folder / "uncut")
         started = time.perf_counter()
         self.engine.reshape(plan)
         self.group.prove_equal(f"the parameters after the cut at step {self.step}", self.engine.checksum())
         seconds += time.perf_counter() - started
         after = self._evaluate()
-        around = {"val_loss_before": before["val_loss"], "val_loss_after": after["val_loss"]}
-        self._measure(after | around)
-
-        mass_kept = [layer.mass_kept for layer in plan.layers]
         record = CutRecord(
             step=self.step,
             dims_before=list(plan.dims_before),
             dims_after=list(plan.dims_after),
-            mass_kept=mass_kept,
+            mass_kept=[layer.mass_kept for layer in plan.layers],
+            error_bounds=[layer.error_bound for layer in plan.layers],
+            output_errors=[layer.output_error or 0.0 for layer in plan.layers],
             seconds=seconds,
             digest=plan.digest,
-            **around,
+            val_loss_before=before["val_loss"],
+            val_loss_after=after["val_loss"],
         )
         self.truncations.append(record)
         self._publish([Probed(plan, record)])
-        return True
+        around = {"val_loss_before": before["val_loss"], "val_loss_after": after["val_loss"]}
+        return self._measure(after | around)
+
+    def _keep_plan(self, plan: TruncationPlan) -> None:
+        if self.group.rank == 0:
+            write_plan(self.folder, plan)
 
     @property
     def probe_batches(self) -> int:
@@ -158,35 +186,64 @@ class Worker:
         assert self.config.truncation is not None
         return min(self.config.truncation.probe_batches, self.step)
 
-    def _evaluate(self) -> dict[str, float]:
-        train = self.config.train
-        return self.engine.evaluate(
-            validation_batches(
-                self.data,
-                self.config.seq_len,
-                train.batch_size,
-                train.eval_batches,
-                self.group.rank,
-                self.group.size,
-            )
-        )
+    def _held_out(self) -> Iterator[Batch]:
+        train, group = self.config.train, self.group
+        seq_len = self.config.seq_len
+        return validation_batches(self.data, seq_len, train.batch_size, train.eval_batches, group.rank, group.size)
 
-    def _measure(self, metrics: dict[str, float]) -> None:
+    def _evaluate(self) -> dict[str, float]:
+        return self.engine.evaluate(self._held_out())
+
+    def _measure(self, metrics: dict[str, float]) -> bool:
+        """Publish what was measured; False where that made the guard take the last cut back."""
         dims = {f"d_state_{layer:02d}": float(dim) for layer, dim in enumerate(self.engine.state_dims)}
         self._publish([Measured(self.step, metrics | dims)])
+        if self.watch is None:
+            return True
+        assert self.config.truncation is not None
+        guard = self.config.truncation.guard
+        assert guard is not None
+        self.watch = self.watch.after_another()
+        value = metrics[guard.metric]
+        verdict = self.watch.verdict(guard, value)
+        if verdict == "hurt":
+            self._publish([RolledBack(self.watch.step, self.step, guard.metric, self.watch.before, value)])
+            self._roll_back(self.watch.step)
+        elif verdict == "recovered":
+            self.watch = None
+        return verdict != "hurt"
+
+    def _roll_back(self, step: int) -> None:
+        """Back to right before the cut: weights, moments, dimensions and data position, which is the step."""
+        path = checkpoint.newest(self.folder / "uncut")
+        assert path is not None, "there is a checkpoint for as long as there is a watch"
+        manifest = checkpoint.verify(path)
+        self.engine.restore(manifest.state_dims, checkpoint.load(path, manifest, self.group))
+        self.step, self.watch = step, None
+        self.truncations = [replace(cut, rolled_back=cut.step >= step) for cut in self.truncations]
+        self._save()
+        if self.group.rank == 0:
+            checkpoint.drop_after(self.folder / "checkpoints", step)
 
     def _save(self) -> None:
-        path = checkpoint.save(
-            self.folder / "checkpoints",
+        path = self._write_checkpoint(self.folder / "checkpoints")
+        self._publish([Saved(self.step, str(path))])
+        if self.watch is None and self.group.rank == 0:
+            # Not before: a run that resumes from an earlier checkpoint may still be watching.
+            shutil.rmtree(self.folder / "uncut", ignore_errors=True)
+
+    def _write_checkpoint(self, folder: Path) -> Path:
+        return checkpoint.save(
+            folder,
             self.step,
             self.engine.state(),
             self.engine.state_dims,
             [record.as_dict() for record in self.truncations],
+            self.watch,
             self.config.model_dump(mode="json"),
             self.data_sha256,
             self.group,
         )
-        self._publish([Saved(self.step, str(path))])
 
     def _publish(self, events: list[Event]) -> None:
         if self.group.rank == 0:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compression.truncation import TruncationPlan
+from compression.plan import TruncationPlan
 from orchestrator.errors import UserError
 
 Json = dict[str, Any]
@@ -86,6 +86,16 @@ def write_plan(folder: Path, plan: TruncationPlan) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(plan.to_json() + "\n")
     partial.rename(path)
+
+
+def last_plan(folder: Path, step: int) -> TruncationPlan | None:
+    """The newest plan up to and including `step`; of several attempts at one step, the latest."""
+    found = []
+    for path in folder.glob("plans/step-*-attempt-*.json"):
+        _, at, _, attempt = path.stem.split("-")
+        if int(at) <= step:
+            found.append((int(at), int(attempt), path))
+    return TruncationPlan.from_json(max(found)[2].read_text()) if found else None
 
 
 def plan_path(folder: Path, plan: TruncationPlan) -> Path:

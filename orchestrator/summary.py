@@ -23,11 +23,14 @@ def write_summary(
     """Write `summary.json` from the run's metrics and cuts.
 
     Step times are medians in milliseconds: before the first cut, without the first step, which warms up, and
-    after the last cut. Without a cut there is nothing "after", and those values are None.
+    after the last cut. Without a cut there is nothing "after", and those values are None. Cuts that were rolled back
+    do not count. `error_bounds`: of each LTI layer, the sum over all cuts, which the errors of the cuts together do
+    not exceed in the H-infinity norm.
     """
     rows = read_metrics(folder)
-    first = truncations[0]["step"] if truncations else config.train.steps
-    last = truncations[-1]["step"] if truncations else config.train.steps
+    cuts = [cut for cut in truncations if not cut["rolled_back"]]
+    first = cuts[0]["step"] if cuts else config.train.steps
+    last = cuts[-1]["step"] if cuts else config.train.steps
 
     def median(key: str, low: int, high: float) -> float | None:
         values = [row[key] for row in rows if key in row and low < row["step"] <= high]
@@ -42,7 +45,8 @@ def write_summary(
         "zero_stage": config.cluster.zero_stage,
         "steps": config.train.steps,
         "initial_dims": initial,
-        "final_dims": truncations[-1]["dims_after"] if truncations else initial,
+        "final_dims": cuts[-1]["dims_after"] if cuts else initial,
+        "error_bounds": [_total(bounds) for bounds in zip(*(cut["error_bounds"] for cut in cuts), strict=True)],
         "truncations": list(truncations),
         "val_loss_final": held_out[-1]["val_loss"],
         "val_accuracy_final": held_out[-1].get("val_accuracy"),
@@ -57,6 +61,11 @@ def write_summary(
     return summary
 
 
+def _total(bounds: Sequence[float | None]) -> float | None:
+    known = [bound for bound in bounds if bound is not None]
+    return sum(known) if len(known) == len(bounds) else None
+
+
 def describe_summary(summary: dict[str, Any]) -> list[str]:
     """The summary as a person reads it."""
     quality = f"held-out loss {summary['val_loss_final']:.4f}"
@@ -66,6 +75,11 @@ def describe_summary(summary: dict[str, Any]) -> list[str]:
         f"  {quality} after {summary['steps']} steps",
         f"  states      {dims(summary['initial_dims'])} -> {dims(summary['final_dims'])}",
     ]
+    bounds = [bound for bound in summary["error_bounds"] if bound is not None]
+    if bounds:
+        lines.append(
+            f"  certificate the cuts changed no layer's recurrence by more than {max(bounds):.3g} (H-infinity)"
+        )
     before, after = summary["step_ms_before"], summary["step_ms_after"]
     if before and after:
         lines += [

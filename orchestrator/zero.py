@@ -72,7 +72,8 @@ def read_state(
         full = reshape(prefix, {name: _read(parameters[name]) for name in names})
         for name, parameter in full.items():
             state.shapes[name] = tuple(parameter.value.shape)
-            if owners[name] == group.rank:
+            # A cut may bring new parameters, small ones.
+            if owners.setdefault(name, len(owners) % group.size) == group.rank:
                 state.own[name] = ParameterState(*(part.cpu() for part in parameter.tensors()))
     return state
 

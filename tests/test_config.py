@@ -35,7 +35,6 @@ def test_shipped_configs_are_valid_and_survive_their_own_yaml(path: Path) -> Non
         ("truncation.target.tolerance=1.5", ["truncation.target.tolerance", "1.5", "less than 1"]),
         ("truncation.target.tolerance=0", ["truncation.target.tolerance", "0", "greater than 0"]),
         ("truncation.target.dim=0", ["truncation.target.dim", "0", "greater than or equal to 1"]),
-        ("truncation.target.dim=17", ["truncation.target.dim 17", "between 1 and model.d_state 16"]),
         ("model.d_state=0", ["model.d_state is 0", "greater than or equal to 1"]),
         ("model.d_state=[16, 16, 16]", ["d_state [16, 16, 16]", "n_layers 2"]),
         ("model.d_state=[16, 0]", ["model.d_state", "0"]),
@@ -46,10 +45,29 @@ def test_shipped_configs_are_valid_and_survive_their_own_yaml(path: Path) -> Non
         ),
         ("train.precision=half", ["train.precision", "'half'", "'float32' or 'bfloat16'"]),
         ("cluster.scan=triton", ["cluster", "scan triton needs use_gpu true", "auto, torch or cpu"]),
-        ("truncation.target={}", ["truncation.target", "tolerance, dim, or both"]),
+        ("truncation.target={}", ["truncation.target", "needs tolerance, dim, fraction or budget"]),
+        ("truncation.target={dim: 4, fraction: 0.5}", ["truncation.target", "one of dim, fraction and budget"]),
+        ("truncation.target={budget: {states: 8}}", ["truncation.target", "needs allocation global"]),
+        ("truncation.target={budget: {}, allocation: global}", ["truncation.target.budget", "states or cost"]),
+        (
+            "truncation.target={budget: {states: 40}, allocation: global}",
+            ["truncation.target.budget.states 40", "between 2", "and 32"],
+        ),
+        ("truncation.target={dim: 4, ladder: [8, 16]}", ["truncation.target", "dim 4", "ladder [8, 16]"]),
+        ("truncation.target={dim: 8, ladder: [8, 8]}", ["truncation.target", "ladder [8, 8] must increase"]),
+        ("truncation.target.dim=17", ["truncation.target.dim 17", "between 1 and model.d_state 16"]),
+        ("truncation.score=biggest", ["truncation.score", "'biggest'", "'greedy'"]),
+        ("truncation.moments=forget", ["truncation.moments", "'forget'", "'transport', 'slice' or 'reset'"]),
+        ("truncation.guard={metric: loss}", ["truncation.guard.metric", "'loss'", "'val_loss' or 'val_accuracy'"]),
+        ("truncation.guard={metric: val_accuracy}", ["truncation.guard.metric val_accuracy", "must be val_loss"]),
+        ("truncation={target: {dim: 4}, stable: {start: 0.5}}", ["truncation.stable", "start 0.5", "deadline 0.25"]),
+        (
+            "truncation={target: {dim: 4}, stable: {probes: 2, patience: 2}}",
+            ["truncation.stable", "patience 2 must be less than probes 2"],
+        ),
         ("truncation.steps=[3, 13]", ["truncation.steps", "step 13", "train.steps 12"]),
         ("truncation.steps=[7, 3]", ["truncation", "[7, 3] must increase"]),
-        ("truncation.window={events: 2}", ["window or steps, not both"]),
+        ("truncation.window={events: 2}", ["one of window, steps and stable"]),
         ("cluster.workers=3", ["train.batch_size 4", "multiple of cluster.workers 3"]),
         ("cluster.zero_stage=7", ["cluster.zero_stage", "7", "1 or 2"]),
         ("name=../elsewhere", ["name", "'../elsewhere'", "begins with a letter or digit"]),
@@ -79,9 +97,31 @@ def test_one_sentence_names_the_setting(
     assert all(word in sentence for word in words), sentence
 
 
+LRU = {"kind": "lru", "n_layers": 2, "d_model": 8, "d_state": 16}
+ROTATED = {"kind": "mamba2", "n_layers": 2, "d_model": 16, "d_state": 16, "headdim": 8, "basis": "rotated"}
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "words"),
+    [
+        (LRU, {"score": "ghost"}, "truncation.score ghost chooses among states"),
+        (ROTATED, {"score": "greedy"}, "it must be hankel, smallest or random"),
+        (LRU, {"compensate": True}, "truncation.compensate needs .* model.kind mamba, not lru"),
+        (ROTATED, {"compensate": True}, "not mamba2"),
+    ],
+)
+def test_what_a_model_cannot_do_is_refused(
+    small_run: dict[str, Any], model: dict[str, Any], settings: dict[str, Any], words: str
+) -> None:
+    small_run["model"] = model
+    small_run["truncation"] |= settings
+    with pytest.raises(UserError, match=words):
+        parse_config(small_run)
+
+
 def test_a_window_too_small_for_its_events_is_refused(small_run: dict[str, Any]) -> None:
     small_run["truncation"] = {"target": {"dim": 4}, "window": {"events": 4, "end": 0.2}}
-    with pytest.raises(UserError, match=r"truncation\.window has 4 events, too many for the 2 steps"):
+    with pytest.raises(UserError, match=r"truncation has 4 probes, too many for the 2 steps"):
         parse_config(small_run)
 
 

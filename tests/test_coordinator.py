@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,75 +10,144 @@ import ray
 import torch
 from ray.exceptions import RayTaskError
 
-from compression.gramians import SelectiveMoments
+from compression.gramians import SelectiveMoments, Statistics
+from compression.plan import StateSelection, TruncationPlan
+from compression.planning import Decision, Occasion, Submission, layer_plan, plan_truncation, solve_layer
 from compression.ranking import Target
-from compression.truncation import StateSelection, TruncationPlan
-from orchestrator.coordinator import Coordinator
+from orchestrator.coordinator import Coordinator, Failure, Sender, coordinate
+from orchestrator.group import Group
+from tests.plans import rule, selective_moments
+from tests.systems import random_system
 
 pytestmark = pytest.mark.cluster
-STEP, WORKERS, DIMS = 5, 2, [8, 8]
+STEP, WORKERS, DIMS = 5, 2, (8, 8)
+RULE = rule(DIMS, Target(dim=3))
 
 
-def moments(seed: int) -> SelectiveMoments:
-    generator = torch.Generator().manual_seed(seed)
+class Owner:
+    """Rank r owns layer r and asks as a worker does, one stage at a time."""
 
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.rand(shape, generator=generator, dtype=torch.float64)
+    def __init__(self, actor: Any, rank: int, attempt: int = 1, seed: int | None = None) -> None:
+        self.actor, self.rank = actor, rank
+        self.sender = Sender(Occasion(STEP, attempt, 1, 1), rank, DIMS)
+        self.solution = solve_layer(rank, selective_moments(seed=rank if seed is None else seed), RULE, STEP)
 
-    return SelectiveMoments(torch.tensor(1.0, dtype=torch.float64), draw(3, 8), draw(3, 8), draw(8), draw(8))
+    def decide(self) -> Any:
+        return self.actor.decide.remote(self.sender, {self.rank: Submission.of(self.solution)})
+
+    def assemble(self, decisions: Sequence[Decision]) -> Any:
+        own = {self.rank: layer_plan(self.rank, self.solution, decisions[self.rank])}
+        return self.actor.assemble.remote(self.sender, own)
 
 
-@pytest.fixture
-def submit(local_ray: None) -> Callable[..., Any]:
-    return submitter(timeout_s=60)
-
-
-def submitter(timeout_s: float) -> Callable[..., Any]:
-    actor = ray.remote(Coordinator).options(num_cpus=0).remote(Target(dim=3), [8, 8], [STEP], timeout_s)
+def coordinator(timeout_s: float = 60) -> Any:
+    actor = ray.remote(Coordinator).options(num_cpus=0).remote(RULE, timeout_s)
     assert ray.get(actor.begin_attempt.remote(WORKERS)) == 1
-
-    def ask(rank: int, attempt: int = 1, part: SelectiveMoments | None = None) -> Any:
-        return actor.decide.remote(attempt, STEP, rank, DIMS, {rank: part or moments(rank)})
-
-    ask.actor = actor  # type: ignore[attr-defined]
-    return ask
+    return actor
 
 
-def test_everyone_gets_the_same_plan_in_any_order(submit: Callable[..., Any]) -> None:
-    plans: list[TruncationPlan] = ray.get([submit(1), submit(0)])
-    assert plans[0].digest == plans[1].digest
-    assert plans[0].dims_after == (3, 3)
-    assert all(isinstance(layer.reduction, StateSelection) for layer in plans[0].layers)
+def test_everyone_gets_the_plan_of_a_single_process_in_any_order(local_ray: None) -> None:
+    actor = coordinator()
+    owners = [Owner(actor, 1), Owner(actor, 0)]
+    decided = ray.get([owner.decide() for owner in owners])
+    plans: list[TruncationPlan] = ray.get([owner.assemble(decided[0]) for owner in owners])
+    alone = plan_truncation([selective_moments(seed=seed) for seed in (0, 1)], RULE, Occasion(STEP, 1, 1, 1))
+    assert {plan.digest for plan in plans} == {alone.digest}
+    assert alone.dims_after == (3, 3)
+    assert all(isinstance(layer.reduction, StateSelection) for layer in alone.layers)
 
 
-def test_a_duplicate_changes_nothing(submit: Callable[..., Any]) -> None:
-    first, again = submit(0), submit(0, part=moments(99))
-    plans = ray.get([first, again, submit(1), submit(1)])
-    expected = ray.get([submit(0), submit(1)])[0]
-    assert {plan.digest for plan in plans} == {expected.digest}
+def test_a_duplicate_changes_nothing(local_ray: None) -> None:
+    actor = coordinator()
+    first, other, second = Owner(actor, 0), Owner(actor, 0, seed=99), Owner(actor, 1)
+    decided = ray.get([first.decide(), other.decide(), second.decide(), second.decide()])
+    assert all(decisions == decided[0] for decisions in decided)
+    plans = [first.assemble(decided[0]), other.assemble(decided[0]), second.assemble(decided[0])]
+    expected = ray.get(plans[0])
+    assert {plan.digest for plan in ray.get(plans)} == {expected.digest}
+    assert expected.layers[0].spectrum == tuple(first.solution.sigma_N.tolist())
 
 
-def test_a_straggler_of_a_dead_attempt_is_refused(submit: Callable[..., Any]) -> None:
-    assert ray.get(submit.actor.begin_attempt.remote(WORKERS)) == 2  # type: ignore[attr-defined]
+def test_a_straggler_of_a_dead_attempt_is_refused(local_ray: None) -> None:
+    actor = coordinator()
+    assert ray.get(actor.begin_attempt.remote(WORKERS)) == 2
     with pytest.raises(RayTaskError, match="asks for attempt 1, but attempt 2 is on"):
-        ray.get(submit(0))
-    plan = ray.get([submit(0, attempt=2), submit(1, attempt=2)])[0]
+        ray.get(Owner(actor, 0).decide())
+    owners = [Owner(actor, rank, attempt=2) for rank in range(WORKERS)]
+    decided = ray.get([owner.decide() for owner in owners])
+    plan = ray.get([owner.assemble(decided[0]) for owner in owners])[0]
     assert plan.attempt == 2
 
 
-def test_a_missing_worker_turns_the_probe_into_keep(local_ray: None) -> None:
-    submit = submitter(timeout_s=2)
-    plan = ray.get(submit(0), timeout=60)
+@pytest.mark.parametrize("stage", ["decide", "assemble"])
+def test_a_missing_worker_turns_the_probe_into_keep(local_ray: None, stage: str) -> None:
+    actor = coordinator(timeout_s=2)
+    punctual, late = Owner(actor, 0), Owner(actor, 1)
+    if stage == "decide":
+        ask, ask_late = punctual.decide, late.decide
+    else:
+        decisions = ray.get([punctual.decide(), late.decide()])[0]
+        ask, ask_late = (lambda: punctual.assemble(decisions)), (lambda: late.assemble(decisions))
+    plan = ray.get(ask(), timeout=60)
     assert not plan.truncates
     assert "rank 1 did not submit within 2 s" in plan.layers[0].reason
-    late = ray.get(submit(1))  # comes after the decision, and hears the same
-    assert late.digest == plan.digest
+    assert ray.get(ask_late()).digest == plan.digest  # comes after the decision, and hears the same
 
 
-def test_nan_statistics_name_the_layer(submit: Callable[..., Any]) -> None:
-    broken = moments(0)
-    broken.h2_DN[0, 0] = float("nan")
-    both = [submit(0), submit(1, part=broken)]
-    for answer in both:
+def test_what_one_owner_cannot_rank_everyone_hears_of(local_ray: None) -> None:
+    actor = coordinator()
+    broken = Owner(actor, 1)
+    answers = [
+        Owner(actor, 0).decide(),
+        actor.decide.remote(broken.sender, Failure("layer 1 at step 5: the state statistics hold NaN")),
+    ]
+    for answer in answers:
         with pytest.raises(RayTaskError, match=r"layer 1 at step 5: .*NaN"):
             ray.get(answer)
+
+
+@ray.remote(num_cpus=0)
+class Worker:
+    """A rank of a real gloo group."""
+
+    def __init__(self, rank: int, size: int, store: str) -> None:
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+        self.group = Group(rank, size, torch.device("cpu"))
+
+    def coordinate(self, actor: Any, statistics: Sequence[Statistics], rule: Any) -> TruncationPlan:
+        return coordinate(actor, rule, Occasion(STEP, 1, 1, 1), statistics, self.group)
+
+
+def parts_of(moments: SelectiveMoments, workers: int) -> list[SelectiveMoments]:
+    """Statistics that sum to `moments`, of as many workers, with unequal shares of the tokens."""
+    shares = torch.arange(1, workers + 1, dtype=torch.float64)
+    shares /= shares.sum()
+    return [moments.from_vector(moments.to_vector() * share) for share in shares]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_any_number_of_workers_makes_the_same_plan(local_ray: None, tmp_path: Any, workers: int) -> None:
+    statistics: list[Statistics] = [selective_moments(seed=seed) for seed in range(3)]
+    statistics += [random_system(12, 3, seed=1), random_system(10, 2, seed=2)]
+    dims = [part.d_state for part in statistics]
+    everything = rule(dims, Target(tolerance=0.2, dim=6, allocation="global"))
+    actor = ray.remote(Coordinator).options(num_cpus=0).remote(everything, 60)
+    ray.get(actor.begin_attempt.remote(workers))
+    group = [Worker.remote(rank, workers, str(tmp_path / "store")) for rank in range(workers)]
+    split = [parts_of(part, workers) if isinstance(part, SelectiveMoments) else [part] * workers for part in statistics]
+    plans = ray.get(
+        [
+            worker.coordinate.remote(actor, [parts[rank] for parts in split], everything)
+            for rank, worker in enumerate(group)
+        ]
+    )
+    alone = plan_truncation(statistics, everything, Occasion(STEP, 1, 1, 1))
+    assert len({plan.digest for plan in plans}) == 1
+    assert plans[0].dims_after == alone.dims_after
+    assert alone.truncates
+    for layer, expected in zip(plans[0].layers, alone.layers, strict=True):
+        if isinstance(expected.reduction, StateSelection):
+            assert layer.reduction == expected.reduction
+        torch.testing.assert_close(torch.tensor(layer.spectrum), torch.tensor(expected.spectrum), rtol=1e-9, atol=1e-12)

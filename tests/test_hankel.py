@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from compression.gramians import LTISystem, SelectiveMoments, lti_gramians, selective_gramians
-from compression.hankel import balancing_factors, selective_hankel
+from compression.hankel import lti_balancing
+from compression.scores import rank_states
 from models.mamba import Mamba, MambaConfig
 from tests.systems import padded_system, random_system
 
@@ -35,8 +36,14 @@ SYSTEMS = {
 }
 
 
+def hankel_of(moments: SelectiveMoments) -> Tensor:
+    """The HSV of each state, in state order."""
+    ranking = rank_states(moments, "hankel", seed=0)
+    return torch.zeros_like(ranking.sigma_N).scatter(0, ranking.order_N, ranking.sigma_N)
+
+
 def sigma_of(system: LTISystem) -> Tensor:
-    return balancing_factors(system).sigma_N
+    return lti_balancing(system).sigma_N
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
@@ -56,7 +63,7 @@ def test_gramians_solve_their_stein_equations(name: str) -> None:
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_factors_multiply_to_the_gramians(name: str) -> None:
-    factors = balancing_factors(SYSTEMS[name])
+    factors = lti_balancing(SYSTEMS[name])
     for factor_NN, gramian_NN in zip((factors.L_P_NN, factors.L_Q_NN), lti_gramians(SYSTEMS[name]), strict=True):
         error_NN = factor_NN @ factor_NN.mH - gramian_NN
         assert float(error_NN.norm()) <= 1e-13 * float(gramian_NN.norm())
@@ -115,7 +122,7 @@ def test_hsvs_scale_with_input_and_output() -> None:
 @pytest.mark.parametrize("kind", ["unreachable", "unobservable", "both"])
 def test_states_that_carry_nothing_have_hsv_zero(kind: str) -> None:
     minimal = random_system(5, 2, seed=9)
-    padded = balancing_factors(padded_system(minimal, kind))
+    padded = lti_balancing(padded_system(minimal, kind))
     torch.testing.assert_close(padded.sigma_N[:5], sigma_of(minimal), rtol=1e-10, atol=0)
     # A factor of a singular Gramian is right to the root of eps, 1.5e-8.
     assert float(padded.sigma_N[5:].max()) <= 1e-7 * float(padded.sigma_N[0])
@@ -123,13 +130,13 @@ def test_states_that_carry_nothing_have_hsv_zero(kind: str) -> None:
 
 def test_numerical_rank_counts_the_states_that_carry_something() -> None:
     for kind in ("unreachable", "unobservable", "both"):
-        assert balancing_factors(padded_system(random_system(5, 2, seed=9), kind)).numerical_rank == 5
+        assert lti_balancing(padded_system(random_system(5, 2, seed=9), kind)).numerical_rank == 5
 
 
 @pytest.mark.parametrize("eigenvalue", [1, -1, 1j, 1.5, 0.8 + 0.8j])
 def test_unstable_systems_are_refused(eigenvalue: complex) -> None:
     with pytest.raises(ValueError, match="unit circle"):
-        balancing_factors(system_at([0.5, eigenvalue, 0.2]))
+        lti_balancing(system_at([0.5, eigenvalue, 0.2]))
 
 
 @pytest.mark.parametrize("part", ["eigenvalues_N", "B_NH", "C_HN"])
@@ -139,7 +146,7 @@ def test_systems_that_are_not_finite_are_refused(part: str, value: complex) -> N
     broken = getattr(system, part).clone()
     broken.view(-1)[-1] = value
     with pytest.raises(ValueError, match="NaN or infinity"):
-        balancing_factors(replace(system, **{part: broken}))
+        lti_balancing(replace(system, **{part: broken}))
 
 
 CONFIG = MambaConfig(kind="mamba", n_layers=1, d_model=8, d_state=6)
@@ -174,7 +181,7 @@ def test_float32_moments_are_summed_in_float64() -> None:
     layer, x_BLM = mamba_and_batch()
     exact = moments_of(layer, x_BLM)
     rounded = moments_of(layer.float(), x_BLM.float())
-    assert all(part.dtype == torch.float64 for part in vars(rounded).values())
+    assert all(part.dtype == torch.float64 for part in vars(rounded).values() if isinstance(part, Tensor))
     torch.testing.assert_close(rounded.to_vector(), exact.to_vector(), rtol=1e-5, atol=0)
 
 
@@ -184,33 +191,34 @@ def test_moments_survive_the_way_through_a_vector() -> None:
     vector = moments.to_vector()
     D, N = layer.d_inner, CONFIG.d_state
     assert vector.dtype == torch.float64
-    assert vector.shape == (1 + 2 * D * N + 2 * N,)
+    assert vector.shape == (2 + 4 * D * N + 2 * N * N + 3 * N,)
     back = SelectiveMoments.zeros(D, N).from_vector(vector)
     for name, part in vars(moments).items():
-        assert torch.equal(getattr(back, name), part), name
+        same = torch.equal(getattr(back, name), part) if isinstance(part, Tensor) else getattr(back, name) == part
+        assert same, name
     assert back.d_state == N
 
 
 def test_selective_hsvs_are_positive_and_zero_without_an_output() -> None:
     layer, x_BLM = mamba_and_batch()
-    assert bool((selective_hankel(moments_of(layer, x_BLM)) > 0).all())
+    assert bool((hankel_of(moments_of(layer, x_BLM)) > 0).all())
     first_C = layer.dt_rank + layer.d_state
     with torch.no_grad():
         layer.x_proj.weight[first_C + 2] = 0
-    sigma_N = selective_hankel(moments_of(layer, x_BLM))
+    sigma_N = hankel_of(moments_of(layer, x_BLM))
     assert float(sigma_N[2]) == 0
     assert int((sigma_N > 0).sum()) == layer.d_state - 1
 
 
 def test_selective_hsvs_see_what_a_state_carries_not_its_units() -> None:
     layer, x_BLM = mamba_and_batch()
-    before_N = selective_hankel(moments_of(layer, x_BLM))
+    before_N = hankel_of(moments_of(layer, x_BLM))
     with torch.no_grad():
         layer.x_proj.weight[layer.dt_rank + 1] *= 50
         layer.x_proj.weight[layer.dt_rank + layer.d_state + 1] /= 50
         layer.x_proj.weight[layer.dt_rank + layer.d_state + 4] *= 3
     factor_N = torch.tensor([1, 1, 1, 1, 3, 1], dtype=torch.float64)
-    after_N = selective_hankel(moments_of(layer, x_BLM))
+    after_N = hankel_of(moments_of(layer, x_BLM))
     torch.testing.assert_close(after_N, factor_N * before_N, rtol=1e-10, atol=0)
 
 
@@ -218,13 +226,11 @@ def test_selective_gramians_of_a_constant_system() -> None:
     """With constant dt, B and C the observability is the LTI one, and a state that never decays stays finite."""
     decay_DN = torch.tensor([[0.5, 0.9], [0.99, 1.0]], dtype=torch.float64)
     tokens, c_N = 1000, torch.tensor([2.0, 3.0], dtype=torch.float64)
-    moments = SelectiveMoments(
-        torch.tensor(float(tokens), dtype=torch.float64),
-        torch.full((2, 2), 7.0 * tokens, dtype=torch.float64),
-        decay_DN.square() * tokens,
-        c_N.square() * tokens,
-        torch.zeros(2, dtype=torch.float64),
-    )
+    moments = SelectiveMoments.zeros(2, 2)
+    moments.tokens += tokens
+    moments.h2_DN += 7 * tokens
+    moments.a2_DN += decay_DN.square() * tokens
+    moments.cc_NN += torch.outer(c_N, c_N) * tokens
     controllability_DN, observability_DN = selective_gramians(moments)
     torch.testing.assert_close(controllability_DN, torch.full((2, 2), 7.0, dtype=torch.float64))
     expected_DN = c_N.square() / (1 - decay_DN.square()).clamp_min(1 / tokens)
@@ -232,10 +238,10 @@ def test_selective_gramians_of_a_constant_system() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("part", ["tokens", "h2_DN", "a2_DN", "c2_N", "hc2_N"])
+@pytest.mark.parametrize("part", ["tokens", "h2_DN", "hh_NN", "cc_NN", "weight_N"])
 def test_selective_moments_that_are_not_finite_are_refused(part: str, value: float) -> None:
     layer, x_BLM = mamba_and_batch()
     moments = moments_of(layer, x_BLM)
     getattr(moments, part).view(-1)[0] = value
     with pytest.raises(ValueError, match="NaN or infinity"):
-        selective_hankel(moments)
+        hankel_of(moments)

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from compression.gramians import LTISystem
 from compression.moments import ComplexMoments, ParameterState
-from compression.ranking import Target
-from compression.truncation import LayerPlan, StateSelection, StateTransform, plan_truncation
+from compression.plan import LayerPlan, StateSelection, StateTransform
 from models.backbone import Backbone
 from models.heads import Classifier, LanguageModel
 from models.layer import TruncatableLayer
@@ -26,6 +25,7 @@ from models.mamba import Mamba, MambaConfig
 from models.registry import ClassificationTask, LanguageTask, build_model
 from models.scan import reference, selective_torch
 from tests.errors import relative_error
+from tests.plans import cut_of, plan_of
 from tests.systems import frequency_response, largest_gain, nearly_defective_system
 
 F64 = torch.float64
@@ -215,7 +215,7 @@ def values_of(states: dict[str, ParameterState]) -> dict[str, Tensor]:
 
 
 def selection_plan(kept: Sequence[int], d_state: int) -> LayerPlan:
-    return LayerPlan(0, d_state, len(kept), StateSelection(tuple(kept)), (), 1.0, None, "test")
+    return cut_of(StateSelection(tuple(kept)), d_state, len(kept))
 
 
 @pytest.mark.parametrize("silent", ["B", "C", "BC"])
@@ -262,7 +262,7 @@ def test_mamba_plan_keeps_what_the_data_uses() -> None:
         layer.x_proj.weight[layer.dt_rank + 6 + torch.tensor([1, 3])] = 0
         layer.start_statistics()
         layer(x_BLM)
-        plan = plan_truncation([layer.finish_statistics()], Target(dim=4), [6], step=1, attempt=1, event=1, events=1)
+        plan = plan_of(layer.finish_statistics(), dim=4)
     assert plan.layers[0].reduction == StateSelection((0, 2, 4, 5))
     assert plan.layers[0].mass_kept == 1
 
@@ -282,8 +282,7 @@ def padded_lru(kind: str) -> LRU:
 
 
 def lru_plan(system: LTISystem, dim: int) -> LayerPlan:
-    plan = plan_truncation([system], Target(dim=dim), [system.d_state], step=1, attempt=1, event=1, events=1)
-    return plan.layers[0]
+    return plan_of(system, dim=dim).layers[0]
 
 
 def loaded(cut: dict[str, ParameterState], config: LRUConfig = LRU_RING) -> LRU:
@@ -422,7 +421,7 @@ def test_real_zero_and_slow_eigenvalues_have_parameters(eigenvalue: complex) -> 
     layer = lru(2)
     left_RN = torch.tensor([[1, 0]], dtype=torch.complex128)
     transform = StateTransform(left_RN, left_RN.mH, torch.tensor([eigenvalue], dtype=torch.complex128))
-    plan = LayerPlan(0, 2, 1, transform, (1.0, 0.0), 1.0, 0.0, "test")
+    plan = cut_of(transform, 2, 1)
     cut = layer.shrink(plan, with_gradients(layer, sequence(4)))
     for name, state in cut.items():
         assert all(bool(torch.isfinite(part).all()) for part in state.tensors()), name

@@ -22,7 +22,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from compression.truncation import StateSelection, TruncationPlan
+from compression.plan import StateSelection, TruncationPlan
 from models.heads import SequenceModel
 from models.registry import LanguageTask, build_model
 from orchestrator import checkpoint, launch

@@ -120,7 +120,7 @@ def moments_case(device: str, length: int, dtype: torch.dtype = F32) -> Errors:
     out_BLD, without_BLD = selective_scan(*ours, moments), selective_scan(*ours)
     grads, grads_without = (torch.autograd.grad(out.square().sum(), ours) for out in (out_BLD, without_BLD))
     pairs = zip((out_BLD, *grads), (without_BLD, *grads_without), strict=True)
-    pieces = ("tokens", "h2_DN", "a2_DN", "c2_N", "hc2_N")
+    pieces = ("samples", "h2_DN", "a2_DN", "hc2_N", "hh_NN")
     return {"changed": sum(float((a != b).sum()) for a, b in pairs)} | {
         piece: relative_error(getattr(moments, piece), getattr(expected, piece)) for piece in pieces
     }

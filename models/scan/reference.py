@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compression.gramians import SelectiveMoments
+from compression.gramians import SAMPLE_EVERY, SelectiveMoments
 
 
 def selective_scan(
@@ -35,7 +35,9 @@ def selective_scan(
         if moments is not None:
             h2_BDN, C_BN = h_BDN.detach().square(), C_BLN[:, t].detach()
             hc2_DN = (h2_BDN * C_BN.square().unsqueeze(1)).sum(0)
-            moments.add(h2_BDN.sum(0), decay_BDN.detach().square().sum(0), hc2_DN, C_BN)
+            moments.add(h2_BDN.sum(0), decay_BDN.detach().square().sum(0), hc2_DN)
+            if (t + 1) % SAMPLE_EVERY == 0 or t + 1 == x_BLD.shape[1]:
+                moments.add_samples(h_BDN.detach().flatten(0, 1), len(h_BDN))
     return (torch.stack(y, dim=1) + D_D * x_BLD) * F.silu(z_BLD)
 
 

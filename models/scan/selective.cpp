@@ -98,8 +98,8 @@ inline void advance(Chunk& chunk, const Rows<float>& B, const Rows<float>& C, co
 
 template <bool with_moments, typename T>
 void forward_block(const Rows<T>& x, const Rows<float>& r, const Rows<float>& B, const Rows<float>& C, const Rows<T>& z,
-                   const float* A, const vec D, T* out, int64_t out_stride, float* starts, const Sums& sums, int64_t b,
-                   int64_t first, int lanes, int64_t L, int64_t N) {
+                   const float* A, const vec D, T* out, int64_t out_stride, float* starts, float* last, const Sums& sums,
+                   int64_t b, int64_t first, int lanes, int64_t L, int64_t N) {
   std::vector<float> state(N * V, 0.f);
   Chunk chunk;
   for (int64_t from = 0; from < L; from += CHUNK) {
@@ -120,6 +120,7 @@ void forward_block(const Rows<T>& x, const Rows<float>& r, const Rows<float>& B,
       store(out + (from + k) * out_stride, chunk.y[k] * gate * sigmoid(gate), lanes);
     }
   }
+  if (with_moments) std::memcpy(last, state.data(), N * V * sizeof(float));
 }
 
 // Goes through a chunk with T states and back again: what is kept of every step stays in the first-level cache.
@@ -162,12 +163,13 @@ std::vector<at::Tensor> forward(const at::Tensor& x, const at::Tensor& r, const 
   at::Tensor out = at::empty({batch, L, channels}, x.options());
   at::Tensor starts = at::empty({batch, G, chunks, N, V}, A.options());
   at::Tensor sums = at::zeros({3, with_moments ? batch : 0, G, N, V}, A.options());
+  at::Tensor last = at::empty({with_moments ? batch : 0, G, N, V}, A.options());
   const Rows<T> xs(x), zs(z);
   const Rows<float> rs(r), Bs(B), Cs(C);
   const float *A_ptr = A_GNV.data_ptr<float>(), *D_ptr = D_V.data_ptr<float>();
   T* out_ptr = out.data_ptr<T>();
   float* start_ptr = starts.data_ptr<float>();
-  float* sums_ptr = sums.data_ptr<float>();
+  float *sums_ptr = sums.data_ptr<float>(), *last_ptr = last.data_ptr<float>();
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(at::get_num_threads())
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t g = 0; g < G; ++g) {
@@ -177,14 +179,15 @@ std::vector<at::Tensor> forward(const at::Tensor& x, const at::Tensor& r, const 
       const int64_t size = batch * G * N * V;
       float* own = sums_ptr + block * N * V;
       run(xs, rs, Bs, Cs, zs, A_ptr + g * N * V, load(D_ptr + first), out_ptr + b * L * channels + first, channels,
-          start_ptr + block * chunks * N * V, with_moments ? Sums{own, own + size, own + 2 * size} : Sums{}, b, first, lanes, L, N);
+          start_ptr + block * chunks * N * V, last_ptr + block * N * V,
+          with_moments ? Sums{own, own + size, own + 2 * size} : Sums{}, b, first, lanes, L, N);
     }
   }
   if (!with_moments) return {out, starts};
   // Each sequence is summed in float32, the sequences in float64.
   const at::Tensor totals = sums.sum(1, false, at::kDouble);
   return {out, starts, from_blocks(totals[0], channels), from_blocks(totals[1], channels),
-          from_blocks(totals[2], channels)};
+          from_blocks(totals[2], channels), last};
 }
 
 template <typename T>

@@ -1,6 +1,6 @@
 """Mamba-1's selective scan through the C++ kernels on a CPU.
 
-Shapes: B batch, L time, D channels (d_inner), N state.
+Shapes: B batch, L time, D channels (d_inner), N state, G blocks of V channels.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from compression.gramians import SelectiveMoments
+from compression.gramians import SAMPLE_EVERY, SelectiveMoments
 from models.scan.extension import kernels, rows
+
+# Of selective.cpp.
+CHUNK = 16
 
 
 def selective_scan(
@@ -49,8 +52,12 @@ class _SelectiveScan(torch.autograd.Function):
         tensors = (x_BLD, r_BLD, A_DN, B_BLN, C_BLN, D_D, z_BLD)
         out_BLD, starts, *sums = kernels().selective_forward(*tensors, moments is not None)
         if moments is not None:
-            h2_DN, a2_DN, hc2_DN = sums
-            moments.add(h2_DN, a2_DN, hc2_DN, C_BLN)
+            h2_DN, a2_DN, hc2_DN, last_BGNV = sums
+            moments.add(h2_DN, a2_DN, hc2_DN)
+            # Channels beyond the last block's end have no input, so their states are zero.
+            apart = SAMPLE_EVERY // CHUNK
+            for h_BGNV in [*starts.unbind(2)[apart::apart], last_BGNV]:
+                moments.add_samples(h_BGNV.mT.flatten(0, 2), len(h_BGNV))
         ctx.save_for_backward(*tensors, starts)
         return out_BLD  # type: ignore[no-any-return]
 

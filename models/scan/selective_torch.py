@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from compression.gramians import SelectiveMoments
+from compression.gramians import SAMPLE_EVERY, SelectiveMoments
 
 # States of one chunk stay in cache while they are used; one state per chunk is kept for the backward pass.
 CHUNK = 16
+assert SAMPLE_EVERY % CHUNK == 0
 
 
 def selective_scan(
@@ -81,7 +82,10 @@ class _SelectiveScan(torch.autograd.Function):
             if moments is not None:
                 h2_KBDN = h_KBDN.square()
                 hc2_DN = (h2_KBDN * C_KBN.square().unsqueeze(2)).sum((0, 1))
-                moments.add(h2_KBDN.sum((0, 1)), decay_KBDN.square().sum((0, 1)), hc2_DN, C_KBN)
+                moments.add(h2_KBDN.sum((0, 1)), decay_KBDN.square().sum((0, 1)), hc2_DN)
+                end = start + len(h_KBDN)
+                if end % SAMPLE_EVERY == 0 or end == len(x_LBD):
+                    moments.add_samples(h_BDN.flatten(0, 1), len(h_BDN))
         ctx.save_for_backward(x_LBD, dt_LBD, A_DN, B_LBN, C_LBN, *starts)
         return y_LBD.transpose(0, 1)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from compression.gramians import SelectiveMoments
+from compression.gramians import SAMPLE_EVERY, SelectiveMoments
 from models.scan import selective_triton_kernels as kernels
 from models.scan.extension import rows
 
@@ -58,16 +58,30 @@ class _SelectiveScan(torch.autograd.Function):
         tensors = (x_BLD, r_BLD, A_DN.T.contiguous(), B_BLN, C_BLN, D_D.contiguous(), z_BLD)
         out_BLD = x_BLD.new_empty(B, L, D)
         starts_BTND = A_DN.new_empty(B, -(-L // CHUNK), N, D)
-        sums_BND = [A_DN.new_empty(B if moments is not None else 0, N, D) for _ in range(3)]
+        *sums_BND, last_BND = (A_DN.new_empty(B if moments is not None else 0, N, D) for _ in range(4))
         strides = _strides(x_BLD, r_BLD, B_BLN, C_BLN, z_BLD)
         with torch.cuda.device_of(x_BLD):  # type: ignore[no-untyped-call]
             kernels.forward[grid](
-                *tensors, out_BLD, starts_BTND, *sums_BND, *strides, L, D, N, CHUNK, moments is not None, **block
+                *tensors,
+                out_BLD,
+                starts_BTND,
+                *sums_BND,
+                last_BND,
+                *strides,
+                L,
+                D,
+                N,
+                CHUNK,
+                moments is not None,
+                **block,
             )
         if moments is not None:
             # Each sequence is summed in float32, the sequences in float64.
             h2_DN, a2_DN, hc2_DN = (part.sum(0, dtype=torch.float64).T for part in sums_BND)
-            moments.add(h2_DN, a2_DN, hc2_DN, C_BLN)
+            moments.add(h2_DN, a2_DN, hc2_DN)
+            apart = SAMPLE_EVERY // CHUNK
+            for h_BND in [*starts_BTND.unbind(1)[apart::apart], last_BND]:
+                moments.add_samples(h_BND.mT.flatten(0, 1), B)
         ctx.save_for_backward(*tensors, starts_BTND)
         return out_BLD
 

@@ -45,6 +45,7 @@ def forward(
     h2_ptr,
     a2_ptr,
     hc2_ptr,
+    last_ptr,
     x_b,
     x_t,
     r_b,
@@ -103,6 +104,7 @@ def forward(
         tl.store(h2_ptr + b * N * D + at_nd, h2, in_nd)
         tl.store(a2_ptr + b * N * D + at_nd, a2, in_nd)
         tl.store(hc2_ptr + b * N * D + at_nd, hc2, in_nd)
+        tl.store(last_ptr + b * N * D + at_nd, h, in_nd)
 
 
 @triton.jit

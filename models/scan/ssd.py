@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compression.gramians import SelectiveMoments
+from compression.gramians import SAMPLE_EVERY, SelectiveMoments
 from models.scan import reference
 from models.scan.backends import choose
 from models.scan.ssd_torch import CHUNK, chunked_scan, state_dtype
@@ -67,7 +67,9 @@ def _add_moments(
             squares_BDN = h_BDN.square()
             h2_BDN += squares_BDN
             h2_BLN[:, t] = squares_BDN.sum(1)
+            if (t + 1) % SAMPLE_EVERY == 0 or t + 1 == B_BLN.shape[1]:
+                moments.add_samples(h_BDN.flatten(0, 1), len(h_BDN))
         h2_DN += h2_BDN.sum(0)
     a2_DN = decay_BLH.double().square().sum((0, 1)).repeat_interleave(width).unsqueeze(-1)
     hc2_1N = (h2_BLN.double() * C_BLN.square()).sum((0, 1)).unsqueeze(0)
-    moments.add(h2_DN, a2_DN, hc2_1N, C_BLN)
+    moments.add(h2_DN, a2_DN, hc2_1N)

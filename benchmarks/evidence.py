@@ -1,0 +1,188 @@
+"""What scores, timing and the way of Adam's moments are worth: many short trainings of small models, seed by seed.
+
+    python -m benchmarks.evidence run scores [--only text-mamba]    train what is not in the results yet
+    python -m benchmarks.evidence table scores                      the means over all seeds
+
+Everything a run does is what `rayduce train` does: the same engine, data, statistics, plans and reshapes, in one
+process without Ray. Variants that differ only from some step on share everything before it: one trunk is trained, and
+each branches off at its first probe.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results"
+SEEDS = (0, 1, 2)
+WORKERS = 2
+CUT = 0.1  # share of the steps after which the scores cut
+
+Json = dict[str, Any]
+
+TASKS: dict[str, Json] = {
+    "text": {
+        "data": {"source": "stdlib", "seq_len": 128},
+        "train": {"steps": 800, "batch_size": 16, "lr": 4.0e-3, "eval_every": 10**6, "eval_batches": 32},
+    },
+    "recall": {
+        "data": {"source": "recall", "seq_len": 64, "pairs": 8, "vocab_size": 128, "train_examples": 40_000},
+        "train": {"steps": 2000, "batch_size": 32, "lr": 4.0e-3, "eval_every": 10**6, "eval_batches": 32},
+    },
+    "digits": {
+        "data": {"source": "digits"},
+        "train": {"steps": 800, "batch_size": 50, "lr": 4.0e-3, "weight_decay": 0.05, "eval_batches": 8},
+    },
+}
+MODELS: dict[str, Json] = {
+    "mamba": {"kind": "mamba", "n_layers": 2, "d_model": 64, "d_state": 64},
+    "mamba2": {"kind": "mamba2", "n_layers": 2, "d_model": 64, "d_state": 64, "headdim": 32},
+    "lru": {"kind": "lru", "n_layers": 2, "d_model": 32, "d_state": 64},
+}
+DIM = 8
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One training of a group: what differs from the group's config."""
+
+    name: str
+    truncation: Json | None = None
+    model: Json | None = None
+
+
+def _cut(name: str, model: Json | None = None, **settings: Any) -> Variant:
+    at = settings.pop("at", CUT)
+    timing = settings.pop("timing", {"window": {"events": 1, "end": at}})
+    return Variant(name, {"target": {"dim": DIM}, **timing, **settings}, model)
+
+
+REFERENCES = [Variant("full size"), Variant("8 from scratch", model={"d_state": DIM})]
+PLAIN = ["hankel", "ghost", "averaged", "magnitude", "smallest", "random"]
+SCORES: dict[str, list[Variant]] = {
+    "mamba": [
+        *(_cut(score, score=score) for score in PLAIN),
+        *(_cut(f"{score} + compensation", score=score, compensate=True) for score in ("hankel", "ghost", "greedy")),
+    ],
+    "mamba2": [
+        *(_cut(score, score=score) for score in [*PLAIN, "greedy"]),
+        _cut("rotated", model={"basis": "rotated"}),
+    ],
+}
+TIMING = [
+    *(_cut(f"cut at {share:.0%}", at=share) for share in (0.02, 0.1, 0.3, 0.6)),
+    _cut("window of 4", timing={"window": {}}),
+    _cut("stable", timing={"stable": {"drift": 0.02, "overlap": 0.75, "deadline": 0.6, "probes": 24}}),
+]
+MOMENTS = [_cut(how, moments=how) for how in ("transport", "slice", "reset")]
+
+# Of each study: the groups (task, model) and what is trained in each.
+STUDIES: dict[str, dict[tuple[str, str], list[Variant]]] = {
+    "scores": {
+        (task, model): [*SCORES[model], *REFERENCES] for task in ("recall", "text") for model in ("mamba", "mamba2")
+    },
+    "timing": {(task, "mamba"): [*TIMING, REFERENCES[0]] for task in ("recall", "text")},
+    "moments": {("digits", "lru"): [*MOMENTS, *REFERENCES], ("text", "mamba"): MOMENTS},
+}
+
+
+def main(command: str, study: str, *options: str) -> None:
+    path = RESULTS / f"{study}.jsonl"
+    if command == "table":
+        print(table(study, _read(path)))
+        return
+    only = options[1] if options else ""
+    done = {(row["task"], row["model"], row["seed"], row["variant"]) for row in _read(path)}
+    jobs = []
+    for (task, model), variants in STUDIES[study].items():
+        for seed in SEEDS:
+            missing = [v for v in variants if (task, model, seed, v.name) not in done]
+            if missing and only in f"{task}-{model}":
+                jobs.append((task, model, seed, missing))
+    path.parent.mkdir(exist_ok=True)
+    spawn = multiprocessing.get_context("spawn")
+    # DeepSpeed keeps to the first process group that it meets, so each worker has one for all its groups.
+    with ProcessPoolExecutor(WORKERS, spawn, _join_alone) as pool:
+        for future in [pool.submit(_train_group, job, path) for job in jobs]:
+            future.result()
+    print(table(study, _read(path)))
+
+
+def _join_alone() -> None:
+    os.environ |= {"LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _train_group(job: tuple[str, str, int, list[Variant]], path: Path) -> None:
+    """All variants of one task, model and seed; each result is on the disk as soon as it is there."""
+    from benchmarks.branches import Trunk
+
+    task, model, seed, variants = job
+    base = {"name": "evidence", "seed": seed, "data_root": str(ROOT / "data"), **TASKS[task], "model": MODELS[model]}
+    trunk = Trunk(base)
+    for variant in sorted(variants, key=lambda variant: trunk.first_probe(variant)):
+        result = trunk.branch(variant)
+        row = {"task": task, "model": model, "seed": seed, "variant": variant.name, **result}
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"{task}-{model} seed {seed} {variant.name}: {result}", flush=True)
+
+
+def _read(path: Path) -> list[Json]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def table(study: str, rows: list[Json]) -> str:
+    """Means over the seeds, one line a variant, as Markdown."""
+    lines = []
+    for (task, model), variants in STUDIES[study].items():
+        found = [row for row in rows if (row["task"], row["model"]) == (task, model)]
+        if not found:
+            continue
+        columns = [c for c in COLUMNS if any(row.get(c) is not None for row in found)]
+        lines += ["", f"{task}, {model}", "", "| variant | " + " | ".join(COLUMNS[c] for c in columns) + " | seeds |"]
+        lines.append("|---" * (len(columns) + 2) + "|")
+        for variant in variants:
+            own = [row for row in found if row["variant"] == variant.name]
+            if own:
+                cells = [_mean(own, column) for column in columns]
+                lines.append(f"| {variant.name} | " + " | ".join(cells) + f" | {len(own)} |")
+    return "\n".join(lines)
+
+
+COLUMNS = {
+    "steps_cut": "cut at step",
+    "output_error": "output error",
+    "loss_before": "loss before",
+    "loss_after": "right after",
+    "val_loss": "at the end",
+    "val_accuracy": "accuracy",
+    "cosine": "cosine",
+    "cosine_uncut": "without a cut",
+}
+
+
+def _mean(rows: list[Json], column: str) -> str:
+    values = [row[column] for row in rows if row.get(column) is not None]
+    if not values:
+        return ""
+    if isinstance(values[0], list):
+        return " / ".join(",".join(map(str, value)) for value in values)
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 and column in ("val_loss", "val_accuracy") else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
