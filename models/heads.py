@@ -34,7 +34,7 @@ class SequenceModel(nn.Module):
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean over everything that is asked, float32; `targets` int64, one per row of the logits, or NOT_ASKED.
 
-        Workers average their means, so all must be asked equally much: each of their sequences as often as any other.
+        Workers average their means. That is the mean over all of them because every sequence is asked equally often.
         """
         return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
 

@@ -57,7 +57,7 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Mean loss in nats over all that is asked in all workers' batches; but for text, the share answered right."""
+        """Mean loss in nats over what all workers' batches ask and, except for text, the share answered right."""
         totals = torch.zeros(3, dtype=torch.float64)
         self._engine.eval()
         for batch in batches:

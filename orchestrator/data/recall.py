@@ -38,7 +38,7 @@ class Recall(BaseModel):
     train_examples: int = Field(20_000, ge=1, description="Sequences to train on.")
     val_examples: int = Field(1_000, ge=1, description="Held-out sequences.")
     power: float = Field(
-        0.01, ge=0, le=1, description="A query comes at the g-th place after the pairs with weight g^(power - 1)."
+        0.01, ge=0, le=1, description="Slot g after the pairs gets a query with weight g^(power - 1); 1 is uniform."
     )
     # Off, as in the paper's experiments, whose figures a run can then be compared with.
     random_non_queries: bool = Field(
@@ -73,8 +73,8 @@ class Recall(BaseModel):
     def generate(self, split: arrow.Split) -> tuple[Tokens, Targets]:
         """The sequences of a split, a function of the settings alone: tokens and targets, both (X, L).
 
-        P keys with their values come first. The places after them are paired into slots, and each key comes back at
-        the beginning of a slot of its own, with its value as target; every other target is NOT_ASKED.
+        P keys with their values come first. What follows is divided into slots of two tokens, and each key comes back
+        at the beginning of a slot of its own, with its value as target; every other target is NOT_ASKED.
         """
         examples = {"train": self.train_examples, "val": self.val_examples}[split]
         generator = np.random.Generator(np.random.Philox(key=[self.seed, arrow.SPLITS.index(split)]))
