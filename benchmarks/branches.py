@@ -78,7 +78,8 @@ class Trunk:
             )
             if step not in probes or not cuttable:
                 continue
-            assert rule is not None and config.truncation is not None
+            assert rule is not None
+            assert config.truncation is not None
             first = step - config.truncation.probe_batches
             statistics = engine.statistics(self._batches.at(s) for s in range(step, max(0, first), -1))
             occasion = Occasion(step, 1, probes.index(step) + 1, len(probes))

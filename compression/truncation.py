@@ -147,7 +147,7 @@ def diagonal_reduction(system: LTISystem, balancing: Balancing, coordinates: Seq
     if float(torch.linalg.cond(vectors_RR)) >= LARGEST_CONDITION or float(eigenvalues_R.abs().max()) >= 1:
         return None
     left_RN, right_NR = torch.linalg.solve(vectors_RR, left_RN), right_NR @ vectors_RR
-    # Eigenvectors have no scale of their own, but Adam's steps have: a new state takes that of the state it has most of.
+    # Eigenvectors have no scale of their own, but Adam's steps have: a new state takes that of its ancestor.
     ancestors_R = StateTransform(left_RN, right_NR, eigenvalues_R).ancestors_R
     scale_R1 = left_RN.gather(1, ancestors_R[:, None])
     return StateTransform(left_RN / scale_R1, right_NR * scale_R1.T, eigenvalues_R)

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from models.backbone import Backbone
 from models.layer import State, TruncatableLayer
 
+# The target where nothing is asked; what F.cross_entropy leaves out by default.
+NOT_ASKED = -100
+
 
 class SequenceModel(nn.Module):
     """A backbone with a head: forward gives the logits, `loss` the mean cross-entropy in nats."""
@@ -29,12 +32,15 @@ class SequenceModel(nn.Module):
         return [mixer.d_state for mixer in self.mixers()]
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Mean over everything that is predicted, float32; `targets` int64, one per row of the logits."""
+        """Mean over everything that is asked, float32; `targets` int64, one per row of the logits, or NOT_ASKED.
+
+        Workers average their means. That is the mean over all of them because every sequence is asked equally often.
+        """
         return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
 
 
-class LanguageModel(SequenceModel):
-    """Next-token prediction with tied embeddings: tokens (B, L) int64 -> logits (B, L, V)."""
+class TokenModel(SequenceModel):
+    """Tokens to tokens with tied embeddings: (B, L) int64 -> logits (B, L, V)."""
 
     def __init__(self, vocab_size: int, d_model: int, mixers: Sequence[TruncatableLayer]) -> None:
         super().__init__(Backbone(nn.Embedding(vocab_size, d_model), mixers, d_model))
@@ -45,6 +51,10 @@ class LanguageModel(SequenceModel):
     def forward(self, tokens_BL: Tensor) -> Tensor:
         logits_BLV: Tensor = self.lm_head(self.backbone(tokens_BL))
         return logits_BLV
+
+
+class LanguageModel(TokenModel):
+    """Next-token prediction, which can also go on token by token."""
 
     def initial_state(self, batch: int) -> list[State]:
         """The layers' states before the first token."""

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from models.heads import Classifier, LanguageModel, SequenceModel
+from models.heads import Classifier, LanguageModel, SequenceModel, TokenModel
 from models.layer import TruncatableLayer
 from models.lru import LRU, LRUConfig
 from models.mamba import Mamba, MambaConfig
@@ -26,6 +26,13 @@ class LanguageTask:
 
 
 @dataclass(frozen=True)
+class RecallTask:
+    """Answer with one of `vocab_size` tokens where something is asked, equally often in every sequence."""
+
+    vocab_size: int
+
+
+@dataclass(frozen=True)
 class ClassificationTask:
     """Tell a sequence of `n_features` numbers per step apart into `n_classes`."""
 
@@ -33,16 +40,20 @@ class ClassificationTask:
     n_classes: int
 
 
-Task = LanguageTask | ClassificationTask
+Task = LanguageTask | RecallTask | ClassificationTask
 
 
 def build_model(config: AnyConfig, task: Task, state_dims: Sequence[int]) -> SequenceModel:
     """A freshly initialised model with one state dimension per layer, on the CPU, in float32."""
     assert len(state_dims) == config.n_layers
     mixers = [build_mixer(config, layer, dim) for layer, dim in enumerate(state_dims)]
-    if isinstance(task, LanguageTask):
-        return LanguageModel(task.vocab_size, config.d_model, mixers)
-    return Classifier(task.n_features, task.n_classes, config.d_model, mixers)
+    match task:
+        case LanguageTask():
+            return LanguageModel(task.vocab_size, config.d_model, mixers)
+        case RecallTask():
+            return TokenModel(task.vocab_size, config.d_model, mixers)
+        case ClassificationTask():
+            return Classifier(task.n_features, task.n_classes, config.d_model, mixers)
 
 
 def build_mixer(config: AnyConfig, layer: int, d_state: int) -> TruncatableLayer:

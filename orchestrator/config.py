@@ -29,7 +29,7 @@ from compression.schedule import Stable, Steps, Window
 from compression.scores import Score
 from models.mamba2 import Mamba2Config
 from models.registry import ModelConfig
-from orchestrator.data.sources import DataConfig, Digits, StdlibText, TextFiles, absolute
+from orchestrator.data.sources import AnySource, DataConfig, StdlibText, TextFiles, absolute
 from orchestrator.errors import UserError
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -283,7 +283,7 @@ class _DataOnly(_Part):
     data: DataConfig
 
 
-def parse_data(source: str, settings: Sequence[str]) -> StdlibText | TextFiles | Digits:
+def parse_data(source: str, settings: Sequence[str]) -> AnySource:
     """The data part alone, from a source's name and `key=value` settings.
 
     Raises:

@@ -16,9 +16,9 @@ from torch.utils.hooks import RemovableHandle
 from compression.gramians import Statistics
 from compression.moments import ParameterState
 from compression.plan import LayerPlan, TruncationPlan
-from models.heads import SequenceModel
+from models.heads import NOT_ASKED, SequenceModel
 from models.layer import TruncatableLayer
-from models.registry import ClassificationTask, Task, build_mixer, build_model
+from models.registry import LanguageTask, Task, build_mixer, build_model
 from models.scan import backends
 from orchestrator.config import RunConfig, TrainConfig
 from orchestrator.data.batches import Batch
@@ -60,20 +60,20 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Mean loss in nats over all workers' batches, and the accuracy of a classifier."""
+        """Mean loss in nats over what all workers' batches ask and, except for text, the share answered right."""
         totals = torch.zeros(3, dtype=torch.float64)
         self._engine.eval()
         for batch in batches:
             batch = batch.to(self._group.device)
             logits = self._engine(batch.inputs)
-            n = batch.targets.numel()
+            n = int((batch.targets != NOT_ASKED).sum())
             loss = float(self._model.loss(logits, batch.targets)) * n
             correct = float((logits.argmax(-1) == batch.targets).sum())
             totals += torch.tensor([loss, correct, n], dtype=torch.float64)
         self._engine.train()
         loss, correct, n = self._group.sum(totals).tolist()
         metrics = {"val_loss": loss / n}
-        if isinstance(self._task, ClassificationTask):
+        if not isinstance(self._task, LanguageTask):
             metrics["val_accuracy"] = correct / n
         return metrics
 

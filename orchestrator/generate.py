@@ -38,7 +38,7 @@ def generate_text(
         raise UserError(f"seed {seed} must lie between 0 and 2^63 - 1")
     model = load_model(run)
     if not isinstance(model, LanguageModel):
-        raise UserError(f"run {run} is a classifier; generate needs a run whose data.source is text, as stdlib is")
+        raise UserError(f"run {run} models no text; generate needs a run whose data.source is text, as stdlib is")
     # Products of one row are too small to share, and beside a training threads wait for each other: 20 times slower.
     torch.set_num_threads(1)
     generator = torch.Generator()

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from models.heads import SequenceModel
-from models.registry import ClassificationTask, LanguageTask, Task, build_model
+from models.registry import ClassificationTask, LanguageTask, RecallTask, Task, build_model
 from orchestrator import checkpoint
-from orchestrator.config import parse_config
+from orchestrator.config import RunConfig, parse_config
+from orchestrator.data.recall import Recall
 from orchestrator.errors import UserError
 
 
@@ -27,14 +28,17 @@ def load_model(run: Path) -> SequenceModel:
     if path is None:
         raise UserError(f"run {run} has no complete checkpoint yet; train.checkpoint_every says when it writes one")
     manifest = checkpoint.verify(path)
-    model = build_model(parse_config(manifest.config).model, _task(manifest.shapes), manifest.state_dims)
+    config = parse_config(manifest.config)
+    model = build_model(config.model, _task(config, manifest.shapes), manifest.state_dims)
     values = checkpoint.load_values(path, manifest)
     assert values.keys() == dict(model.named_parameters()).keys()
     model.load_state_dict(values, strict=False)  # tied weights are one parameter with two names
     return model.eval()
 
 
-def _task(shapes: Mapping[str, tuple[int, ...]]) -> Task:
+def _task(config: RunConfig, shapes: Mapping[str, tuple[int, ...]]) -> Task:
+    if isinstance(config.data, Recall):
+        return RecallTask(config.data.vocab_size)
     embedding = shapes["backbone.embedding.weight"]
     if "head.weight" in shapes:
         return ClassificationTask(n_features=embedding[1], n_classes=shapes["head.weight"][0])

@@ -10,6 +10,7 @@ import torch
 
 from orchestrator.data import arrow
 from orchestrator.data.batches import Batch, TrainBatches, validation_batches
+from orchestrator.data.recall import Recall
 from orchestrator.data.sources import Digits, StdlibText, TextFiles, prepare
 from orchestrator.errors import UserError
 
@@ -24,11 +25,17 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare(Digits(source="digits"), tmp_path_factory.mktemp("digits"))
 
 
+@pytest.fixture(scope="module")
+def recall(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = Recall(source="recall", seq_len=20, pairs=3, vocab_size=40, train_examples=90, val_examples=45)
+    return prepare(config, tmp_path_factory.mktemp("recall"))
+
+
 def rows(folder: Path, seq_len: int | None, step: int, rank: int = 0, workers: int = 1, seed: int = 7) -> Batch:
     return TrainBatches(folder, seq_len, 12, seed, rank, workers).at(step)
 
 
-@pytest.mark.parametrize(("kind", "seq_len"), [("text", 32), ("digits", None)])
+@pytest.mark.parametrize(("kind", "seq_len"), [("text", 32), ("digits", None), ("recall", 20)])
 @pytest.mark.parametrize("workers", [2, 3])
 def test_any_number_of_workers_sees_the_same_batches(
     kind: str, seq_len: int | None, workers: int, request: pytest.FixtureRequest
@@ -41,7 +48,7 @@ def test_any_number_of_workers_sees_the_same_batches(
         assert torch.equal(torch.cat([part.targets for part in parts]), alone.targets)
 
 
-@pytest.mark.parametrize(("kind", "seq_len"), [("text", 32), ("digits", None)])
+@pytest.mark.parametrize(("kind", "seq_len"), [("text", 32), ("digits", None), ("recall", 20)])
 def test_validation_rows_are_the_same_on_any_number_of_workers(
     kind: str, seq_len: int | None, request: pytest.FixtureRequest
 ) -> None:

@@ -274,7 +274,7 @@ def test_settings_out_of_range_are_refused(run: Path, options: list[str], words:
 def test_folders_without_a_model_of_text_are_refused(run: Path, classifier: Path, copy: Path, tmp_path: Path) -> None:
     for folder in (tmp_path / "nowhere", run / "checkpoints", run.parent):
         assert f"{folder} has no folder checkpoints: expected the folder of a training run" in refusal(folder)
-    assert f"run {classifier} is a classifier; generate needs a run whose data.source is text" in refusal(classifier)
+    assert f"run {classifier} models no text; generate needs a run whose data.source is text" in refusal(classifier)
     for path in (copy / "checkpoints").iterdir():
         path.rename(path.with_name(path.name + ".partial"))
     assert f"run {copy} has no complete checkpoint yet" in refusal(copy)

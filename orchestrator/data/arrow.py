@@ -1,7 +1,8 @@
 """A dataset on disk: one memory-mapped Arrow file per split and a small description beside them.
 
-A dataset is one of two kinds. "tokens": a flat column of uint8 tokens, cut into windows when it is read.
+A dataset is one of three kinds. "tokens": a flat column of uint8 tokens, cut into windows when it is read.
 "examples": a column of float32 feature vectors (a fixed-size list per example) and a column of labels.
+"sequences": a column of uint16 tokens and one of int32 targets, both fixed-size lists as long as a sequence.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from models.registry import ClassificationTask, LanguageTask, Task
+from models.registry import ClassificationTask, LanguageTask, RecallTask, Task
 from orchestrator.errors import UserError
 
 DESCRIPTION = "dataset.json"
@@ -34,7 +35,7 @@ class Description(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal[1] = 1
-    kind: Literal["tokens", "examples"]
+    kind: Literal["tokens", "examples", "sequences"]
     origin: str
     vocab_size: int = 0
     n_features: int = 0
@@ -43,9 +44,13 @@ class Description(BaseModel):
 
     @property
     def task(self) -> Task:
-        if self.kind == "tokens":
-            return LanguageTask(self.vocab_size)
-        return ClassificationTask(self.n_features, self.n_classes)
+        match self.kind:
+            case "tokens":
+                return LanguageTask(self.vocab_size)
+            case "examples":
+                return ClassificationTask(self.n_features, self.n_classes)
+            case "sequences":
+                return RecallTask(self.vocab_size)
 
 
 def write_tokens(folder: Path, splits: Mapping[Split, NDArray[np.uint8]], origin: str) -> None:
@@ -63,11 +68,28 @@ def write_examples(
     """Write labelled sequences: features (examples, L, I) and labels (examples,) per split."""
     tables = {}
     for split, (features, labels) in splits.items():
-        flat = pa.array(features.reshape(-1))
-        column = pa.FixedSizeListArray.from_arrays(flat, features.shape[1] * features.shape[2])
-        tables[split] = pa.table({"features": column, "label": pa.array(labels)})
+        tables[split] = pa.table({"features": _lists(features), "label": pa.array(labels)})
     n_features = splits["train"][0].shape[2]
     _write(folder, tables, kind="examples", origin=origin, n_features=n_features, n_classes=n_classes)
+
+
+def write_sequences(
+    folder: Path,
+    splits: Mapping[Split, tuple[NDArray[np.uint16], NDArray[np.int32]]],
+    vocab_size: int,
+    origin: str,
+) -> None:
+    """Write sequences with their targets, tokens (examples, L) and targets (examples, L) per split."""
+    tables = {
+        split: pa.table({"tokens": _lists(tokens), "targets": _lists(targets)})
+        for split, (tokens, targets) in splits.items()
+    }
+    _write(folder, tables, kind="sequences", origin=origin, vocab_size=vocab_size)
+
+
+def _lists(values: NDArray[Any]) -> pa.FixedSizeListArray:
+    """One fixed-size list per row, whatever its shape."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values[0].size)
 
 
 def _write(folder: Path, tables: Mapping[Split, pa.Table], **description: object) -> None:

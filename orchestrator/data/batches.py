@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -23,7 +25,7 @@ from orchestrator.errors import UserError
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs and what is to be predicted: (B, L) and (B, L) int64, or (B, L, I) float32 and (B,) int64."""
+    """Inputs and what is asked: (B, L) and (B, L) int64 with NOT_ASKED, or (B, L, I) float32 and (B,) int64."""
 
     inputs: Tensor
     targets: Tensor
@@ -64,10 +66,34 @@ class _Examples:
         return Batch(torch.from_numpy(self.features_XLI[rows]), torch.from_numpy(self.labels[rows]))
 
 
-def _open(folder: Path, split: arrow.Split, seq_len: int | None) -> _TokenWindows | _Examples:
-    if seq_len is None:
-        return _Examples(folder, split)
-    return _TokenWindows(folder, split, seq_len)
+class _Sequences:
+    def __init__(self, folder: Path, split: arrow.Split) -> None:
+        batch = arrow.read(folder, split)
+        self.length = batch.num_rows
+        self.tokens_XL: NDArray[np.uint16] = _rows(batch, "tokens")
+        self.targets_XL: NDArray[np.int32] = _rows(batch, "targets")
+        self.seq_len = self.tokens_XL.shape[1]
+
+    def take(self, rows: NDArray[np.int64]) -> Batch:
+        tokens, targets = self.tokens_XL[rows].astype(np.int64), self.targets_XL[rows].astype(np.int64)
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(targets))
+
+
+def _rows(batch: pa.RecordBatch, column: str) -> NDArray[Any]:
+    """A column of fixed-size lists as a matrix, still in the mapped file."""
+    flat: NDArray[Any] = batch.column(column).flatten().to_numpy()
+    return flat.reshape(batch.num_rows, -1)
+
+
+def _open(folder: Path, split: arrow.Split, seq_len: int | None) -> _TokenWindows | _Examples | _Sequences:
+    match arrow.describe(folder).kind:
+        case "tokens":
+            assert seq_len is not None, "sources of text have a length to cut it to"
+            return _TokenWindows(folder, split, seq_len)
+        case "examples":
+            return _Examples(folder, split)
+        case "sequences":
+            return _Sequences(folder, split)
 
 
 class TrainBatches:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from orchestrator.data import arrow
+from orchestrator.data.recall import Recall
 from orchestrator.errors import UserError
 
 # Every n-th block of text is held out: both splits then come from all over the corpus.
@@ -107,15 +108,17 @@ class Digits(_Source):
         )
 
 
-DataConfig = Annotated[StdlibText | TextFiles | Digits, Field(discriminator="source")]
-SOURCES: dict[str, type[StdlibText] | type[TextFiles] | type[Digits]] = {
+AnySource = StdlibText | TextFiles | Digits | Recall
+DataConfig = Annotated[AnySource, Field(discriminator="source")]
+SOURCES: dict[str, type[AnySource]] = {
     "stdlib": StdlibText,
     "text": TextFiles,
     "digits": Digits,
+    "recall": Recall,
 }
 
 
-def prepare(config: StdlibText | TextFiles | Digits, root: Path) -> Path:
+def prepare(config: AnySource, root: Path) -> Path:
     """The dataset's folder below `root`, written if it is not there yet. Safe to call from many processes.
 
     Raises:
