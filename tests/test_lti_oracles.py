@@ -348,3 +348,31 @@ def test_a_layer_whose_inputs_reach_no_output_is_left_alone(dim: int) -> None:
     assert sigma_of(silent).max() == 0
     [layer] = plan_truncation([silent], Target(dim=dim), [6], step=1, attempt=1, event=1, events=1).layers
     assert (layer.dim_after, layer.reduction, layer.mass_kept) == (6, None, 1)
+
+
+@pytest.mark.parametrize("scale", [1, 1e-4, 1e-8, 1e-12])
+def test_a_state_hardly_reached_but_seen_well_counts_beside_a_redundant_one(scale: float) -> None:
+    """Two states are the same, so the Gramian is singular; the third may be written in any scale."""
+    B_NH, C_HN = torch.tensor([[1], [1], [scale]], dtype=C128), torch.tensor([[1, 1, 1 / scale]], dtype=C128)
+    system = system_of([0.5, 0.5, -0.5], B_NH, C_HN)
+    # Without the redundant state: a C of 2 for the pole 0.5.
+    minimal = system_of([0.5, -0.5], torch.ones(2, 1), torch.tensor([[2, 1]]))
+    np.testing.assert_allclose(sigma_of(system), [*sigma_of(minimal), 0], rtol=1e-12)
+    for rank in (1, 2):
+        smaller, bound = cut_to(system, rank)
+        response_FHH = frequency_response(system)
+        error = largest_gain(response_FHH - frequency_response(smaller))
+        assert error <= bound + 1e-12 * largest_gain(response_FHH)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-8])
+@pytest.mark.parametrize("silent", ["B_NH", "C_HN"])
+def test_a_silent_state_does_not_break_the_certificate_of_states_in_another_scale(silent: str, scale: float) -> None:
+    ring = random_system(24, 4, seed=7, radius=(0.9, 0.999))
+    (ring.B_NH if silent == "B_NH" else ring.C_HN.T)[3] = 0
+    scale_N = torch.where(torch.arange(24) < 12, 1.0, scale if silent == "B_NH" else 1 / scale)
+    scaled = replace(ring, B_NH=ring.B_NH * scale_N[:, None], C_HN=ring.C_HN / scale_N)
+    expected_N = sigma_of(ring)
+    np.testing.assert_allclose(sigma_of(scaled), expected_N, rtol=1e-9, atol=1e-12 * expected_N[0])
+    smaller, bound = cut_to(scaled, 6)
+    assert 0 < largest_gain(frequency_response(ring) - frequency_response(smaller)) <= bound
