@@ -8,6 +8,7 @@ Shapes: N state, R states after a cut, H width, F frequencies, K time steps; a s
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import mpmath
@@ -19,6 +20,7 @@ from mpmath import mp
 from pymor.core.logger import set_log_levels
 from pymor.models.iosys import LTIModel
 from pymor.reductors.bt import BTReductor
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from compression.gramians import LTISystem, lti_gramians
@@ -28,6 +30,14 @@ from compression.truncation import balanced_truncation, plan_truncation
 from tests.systems import frequency_response, impulse_response, largest_gain, random_system
 
 set_log_levels({"pymor": "ERROR"})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """numpy's threads and torch's wait for each other's; matrices of this size need neither."""
+    with threadpool_limits(1):
+        yield
+
 
 EPS = torch.finfo(torch.float64).eps
 C128 = torch.complex128
