@@ -68,10 +68,13 @@ def _factor(gramian_NN: Tensor) -> Tensor:
     L_NN, failed = torch.linalg.cholesky_ex(gramian_NN)
     if int(failed) == 0:
         return L_NN
-    values_N, vectors_NN = torch.linalg.eigh(gramian_NN)
+    # At a unit diagonal, or a state that is hardly reached but seen well would count as rounding beside large ones.
+    diagonal_N = gramian_NN.diagonal().real
+    scale_N = torch.where(diagonal_N > 0, diagonal_N, 1.0).sqrt()
+    values_N, vectors_NN = torch.linalg.eigh(gramian_NN / scale_N[:, None] / scale_N)
     # The root would lift an eigenvalue of rounding size far above rounding.
     floor = values_N[-1] * values_N.numel() * torch.finfo(torch.float64).eps
-    factor_NN: Tensor = vectors_NN * torch.where(values_N > floor, values_N, 0.0).sqrt()
+    factor_NN: Tensor = scale_N[:, None] * vectors_NN * torch.where(values_N > floor, values_N, 0.0).sqrt()
     return factor_NN
 
 

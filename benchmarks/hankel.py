@@ -1,0 +1,169 @@
+"""How fast an LRU layer is balanced and cut beside the published procedure: `python -m benchmarks.hankel`.
+
+Shapes: N state, R states after a cut, H width, F frequencies, K probes.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import metadata
+
+import torch
+from torch import Tensor
+
+from benchmarks import peers
+from benchmarks.measure import SEED, Duel, Step, duel
+from benchmarks.report import AT_MOST, RESULTS, Row, cpu_model, report
+from compression.gramians import LTISystem
+from compression.hankel import balancing_factors
+from compression.truncation import StateTransform, balanced_truncation
+
+WIDTH = 512
+# The rate of float32 products, on two threads, of the machine that the limits in milliseconds were set for.
+LIMIT_FLOPS = 294e9
+PRODUCT_SIZE = 2048
+# Of the largest HSV, and of the reduced response: the peer computes in complex64, and divides its rounding by the
+# distance between the last kept HSV and the next.
+HSV_TOLERANCE, RESPONSE_TOLERANCE = 1e-4, 1e-2
+
+Reduction = tuple[Tensor, StateTransform]
+
+
+def lru_system(d_state: int) -> LTISystem:
+    """An LRU layer as it starts: poles uniform on the ring from 0.9 to 0.999 at any phase, states at unit power."""
+    generator = torch.Generator().manual_seed(SEED)
+
+    def uniform() -> Tensor:
+        return torch.rand(d_state, dtype=torch.float64, generator=generator)
+
+    def gaussian(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.complex128, generator=generator)
+
+    magnitude2_N = uniform() * (0.999**2 - 0.9**2) + 0.9**2
+    B_NH = gaussian(d_state, WIDTH) * ((1 - magnitude2_N) / WIDTH).sqrt()[:, None]
+    eigenvalues_N = torch.polar(magnitude2_N.sqrt(), 2 * math.pi * uniform())
+    return LTISystem(eigenvalues_N, B_NH, gaussian(WIDTH, d_state) / math.sqrt(d_state))
+
+
+def ours(system: LTISystem, rank: int) -> Reduction:
+    factors = balancing_factors(system)
+    cut = balanced_truncation(system, factors, rank)
+    assert cut is not None
+    return factors.sigma_N, cut
+
+
+def cut_beside_published(d_state: int, seconds: float) -> Duel:
+    system, rank = lru_system(d_state), d_state // 4
+    assert_same_work(system, ours(system, rank), peers.published_truncation(system, rank))
+    published = {"published procedure": _step(peers.published_truncation, system, rank)}
+    return duel(_step(ours, system, rank), published, seconds)
+
+
+def cut_beside_products(d_state: int, limit_ms: float, seconds: float) -> Duel:
+    """The limit as work, so that it means the same on any machine: the products that take it at LIMIT_FLOPS."""
+    system, rank = lru_system(d_state), d_state // 4
+    products = products_worth(limit_ms)
+    ours(system, rank)
+    products()
+    return duel(_step(ours, system, rank), {f"products of {limit_ms:g} ms": products}, seconds)
+
+
+def _step(reduce: Callable[[LTISystem, int], Reduction], system: LTISystem, rank: int) -> Step:
+    def step() -> None:
+        reduce(system, rank)
+
+    return step
+
+
+def products_worth(limit_ms: float) -> Step:
+    """float32 matrix products of as many operations as LIMIT_FLOPS does in this time."""
+    rows = round(limit_ms / 1e3 * LIMIT_FLOPS / (2 * PRODUCT_SIZE**2))
+    left, right = torch.randn(2, PRODUCT_SIZE, PRODUCT_SIZE)
+    times, rest = divmod(rows, PRODUCT_SIZE)
+
+    def step() -> None:
+        for part in [left] * times + [left[:rest]]:
+            part @ right
+
+    return step
+
+
+def assert_same_work(system: LTISystem, mine: Reduction, theirs: Reduction) -> None:
+    """Both find the same HSVs and the same reduced system; a comparison of unequal work is worthless."""
+    (sigma_N, cut), (their_sigma_N, their_cut) = mine, theirs
+    hsv_error = float((sigma_N - their_sigma_N).abs().max() / sigma_N[0])
+    response, their_response = reduced_response(system, cut), reduced_response(system, their_cut)
+    response_error = float((response - their_response).norm() / response.norm())
+    if not (hsv_error <= HSV_TOLERANCE and response_error <= RESPONSE_TOLERANCE):
+        raise RuntimeError(
+            f"the cuts of {system.d_state} states are not the same: HSVs differ by {hsv_error:.1e} of the largest "
+            f"(at most {HSV_TOLERANCE:g}), responses by {response_error:.1e} (at most {RESPONSE_TOLERANCE:g})"
+        )
+
+
+def reduced_response(system: LTISystem, cut: StateTransform, points: int = 64, probes: int = 4) -> Tensor:
+    """C (z - A)^-1 B of the reduced system on the unit circle, for a few inputs, (F, H, K)."""
+    generator = torch.Generator().manual_seed(SEED)
+    inputs_HK = torch.randn(WIDTH, probes, dtype=torch.complex128, generator=generator)
+    phase_F = torch.arange(points, dtype=torch.float64) * (2 * math.pi / points)
+    resolvent_FR = 1 / (torch.polar(torch.ones_like(phase_F), phase_F)[:, None] - cut.eigenvalues_R)
+    return (system.C_HN @ cut.right_NR) @ (resolvent_FR[:, :, None] * (cut.left_RN @ (system.B_NH @ inputs_HK)))
+
+
+def product_gflops(dtype: torch.dtype) -> float:
+    """Real operations per second of a square matrix product, the best of five, in 1e9."""
+    left, right = torch.randn(2, PRODUCT_SIZE // 2, PRODUCT_SIZE // 2, dtype=dtype)
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - start)
+    return (8 if dtype.is_complex else 2) * (PRODUCT_SIZE // 2) ** 3 / best / 1e9
+
+
+# Per state dimension: milliseconds of the limit, and seconds to measure.
+SIZES = ((256, 30, 15), (384, 65, 20), (1024, 800, 90))
+ROWS = tuple(
+    row
+    for d_state, limit_ms, seconds in SIZES
+    for row in (
+        Row(
+            f"LRU layer cut from N={d_state} to {d_state // 4}, times faster than published",
+            partial(cut_beside_published, d_state),
+            at_least=1,
+            aim=2,
+            seconds=seconds,
+        ),
+        Row(
+            f"LRU layer cut from N={d_state} to {d_state // 4}, times products of {limit_ms} ms at 294 GFLOP/s",
+            partial(cut_beside_products, d_state, limit_ms),
+            1,
+            0.8,
+            seconds / 2,
+            AT_MOST,
+        ),
+    )
+)
+
+
+def head() -> str:
+    """What the numbers depend on."""
+    rates = ", ".join(f"{str(dtype)[6:]} {product_gflops(dtype):.0f}" for dtype in (torch.float32, torch.complex128))
+    return (
+        f"torch {metadata.version('torch')}; {cpu_model()}, {torch.get_num_threads()} threads\n"
+        f"H {WIDTH}; ours in complex128, the published procedure in complex64; GFLOP/s of matrix products: {rates}\n"
+        "medians of interleaved rounds; spread is the interquartile range of the rounds' ratios"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    output = RESULTS / "hankel.json"
+    return report("python -m benchmarks.hankel", "Benchmarks of an LTI layer's cut.", ROWS, head, output, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
