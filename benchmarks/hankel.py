@@ -19,8 +19,8 @@ from benchmarks import peers
 from benchmarks.measure import SEED, Duel, Step, duel
 from benchmarks.report import AT_MOST, RESULTS, Row, cpu_model, report
 from compression.gramians import LTISystem
-from compression.hankel import balancing_factors
-from compression.truncation import StateTransform, balanced_truncation
+from compression.plan import StateTransform
+from compression.truncation import BalancedLTI
 
 WIDTH = 512
 # The rate of float32 products, on two threads, of the machine that the limits in milliseconds were set for.
@@ -50,10 +50,10 @@ def lru_system(d_state: int) -> LTISystem:
 
 
 def ours(system: LTISystem, rank: int) -> Reduction:
-    factors = balancing_factors(system)
-    cut = balanced_truncation(system, factors, rank)
-    assert cut is not None
-    return factors.sigma_N, cut
+    solution = BalancedLTI(system, "hankel", seed=0)
+    cut = solution.reduce(rank).reduction
+    assert isinstance(cut, StateTransform)
+    return solution.sigma_N, cut
 
 
 def cut_beside_published(d_state: int, seconds: float) -> Duel:

@@ -24,9 +24,8 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from compression.gramians import LTISystem, lti_gramians
-from compression.hankel import balancing_factors
-from compression.ranking import Target
-from compression.truncation import balanced_truncation, plan_truncation
+from compression.hankel import lti_balancing
+from tests.plans import plan_of
 from tests.systems import frequency_response, impulse_response, largest_gain, random_system
 
 set_log_levels({"pymor": "ERROR"})
@@ -64,7 +63,7 @@ def real_system(d_state: int, width: int, seed: int, radius: float = 0.95) -> tu
 
 def cut_to(system: LTISystem, rank: int) -> tuple[LTISystem, float]:
     """The system of this rank, and its certificate: 2 x the sum of the discarded HSVs."""
-    [layer] = plan_truncation([system], Target(dim=rank), [system.d_state], step=1, attempt=1, event=1, events=1).layers
+    [layer] = plan_of(system, dim=rank).layers
     assert layer.dim_after == rank
     cut, bound = layer.reduction, layer.error_bound
     assert cut is not None
@@ -73,7 +72,7 @@ def cut_to(system: LTISystem, rank: int) -> tuple[LTISystem, float]:
 
 
 def sigma_of(system: LTISystem) -> np.ndarray:
-    return balancing_factors(system).sigma_N.numpy()
+    return lti_balancing(system).sigma_N.numpy()
 
 
 def assert_hsvs(system: LTISystem, expected_N: np.ndarray, factor: float) -> None:
@@ -252,7 +251,7 @@ def test_hsvs_are_the_singular_values_of_the_hankel_operator(system: LTISystem) 
 @pytest.mark.parametrize("name", WIDE)
 def test_balanced_coordinates_see_both_gramians_equal_and_diagonal(name: str) -> None:
     system = WIDE[name]
-    factors = balancing_factors(system)
+    factors = lti_balancing(system)
     root_N = factors.sigma_N.sqrt()
     right_NN = (factors.L_P_NN @ factors.Vh_NN.mH / root_N).numpy()
     left_NN = (factors.L_Q_NN @ factors.U_NN / root_N).mH.resolve_conj().numpy()
@@ -270,11 +269,6 @@ def test_balanced_coordinates_see_both_gramians_equal_and_diagonal(name: str) ->
     expected_KHH = impulse_response(system, 50).numpy()
     actual_KHH = [C_HN @ np.linalg.matrix_power(A_NN, k) @ B_NH for k in range(50)]
     np.testing.assert_allclose(actual_KHH, expected_KHH, rtol=0, atol=1e-10 * np.abs(expected_KHH).max())
-
-
-def test_a_cut_to_all_states_is_no_cut() -> None:
-    system = random_system(6, 2)
-    assert balanced_truncation(system, balancing_factors(system), 6) is None
 
 
 @pytest.mark.parametrize("radius", [0, 0.5, 0.999, 1 - 1e-9])
@@ -356,7 +350,7 @@ def test_a_layer_whose_inputs_reach_no_output_is_left_alone(dim: int) -> None:
     driven_N = torch.tensor([1, 1, 1, 0, 0, 0])
     silent = replace(system, B_NH=system.B_NH * driven_N[:, None], C_HN=system.C_HN * (1 - driven_N))
     assert sigma_of(silent).max() == 0
-    [layer] = plan_truncation([silent], Target(dim=dim), [6], step=1, attempt=1, event=1, events=1).layers
+    [layer] = plan_of(silent, dim=dim).layers
     assert (layer.dim_after, layer.reduction, layer.mass_kept) == (6, None, 1)
 
 
