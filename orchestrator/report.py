@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from orchestrator.run_folder import Json, Recorded, read_run
@@ -28,6 +28,8 @@ SMOOTH_FROM = 200  # training-loss points above which a running mean is drawn ov
 CAPTIONS = {
     "loss": "Training and held-out loss. Dashed lines: truncations, with the state dimension before → after.",
     "state_dims": "State dimension of each layer.",
+    "hsv_drift": "How far spectra moved between probes, and how many of the states to keep stayed the same. "
+    "A ring marks a cut.",
     "hsv_spectra": "Hankel singular values at every probe, largest first. A dot marks the rank of a cut.",
 }
 TEMPLATES = jinja2.Environment(
@@ -36,7 +38,7 @@ TEMPLATES = jinja2.Environment(
 
 
 def write_figures(run: Path) -> list[Path]:
-    """Draw `loss.png`, `state_dims.png` and `hsv_spectra.png` into `run/figures`.
+    """Draw `loss.png`, `state_dims.png`, `hsv_spectra.png` and `hsv_drift.png` into `run/figures`.
 
     Returns their paths. Raises UserError where `run` is not the folder of a run or a file in it is broken.
     """
@@ -53,6 +55,7 @@ def write_report(run: Path) -> Path:
     html = TEMPLATES.get_template("report.html.j2").render(
         name=recorded.summary.get("name") or run.resolve().name,
         run=recorded,
+        bounds=_total_bounds(recorded.cuts),
         dims=[list(known.values()) for known in _dims_over_steps(recorded).values()],
         figures=[(caption, base64.b64encode(image).decode()) for caption, image in figures],
     )
@@ -60,9 +63,22 @@ def write_report(run: Path) -> Path:
     return run / "report.html"
 
 
+def _total_bounds(cuts: Sequence[Json]) -> list[float]:
+    """Per layer, over all cuts that were not taken back; empty where a layer has no bound."""
+    lasting = [cut["error_bounds"] for cut in cuts if not cut["rolled_back"]]
+    if any(bound is None for bounds in lasting for bound in bounds):
+        return []
+    return [sum(bounds) for bounds in zip(*lasting, strict=True)]
+
+
 def _draw(run: Recorded, folder: Path) -> list[Path]:
     folder.mkdir(exist_ok=True)
-    figures = {"loss": _loss(run), "state_dims": _state_dims(run), "hsv_spectra": _spectra(run)}
+    figures = {
+        "loss": _loss(run),
+        "state_dims": _state_dims(run),
+        "hsv_spectra": _spectra(run),
+        "hsv_drift": _drift(run),
+    }
     for name, figure in figures.items():
         FigureCanvasAgg(figure).print_png(folder / f"{name}.png")
     return [folder / f"{name}.png" for name in figures]
@@ -210,4 +226,32 @@ def _spectra(run: Recorded) -> Figure:
     shown = {steps[round(i)] for i in np.linspace(0, len(steps) - 1, 8)}
     handles = [Line2D([], [], color=colours[step], label=f"step {step:,}") for step in sorted(shown)]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+def _drift(run: Recorded) -> Figure:
+    steps = [plan["step"] for plan in run.plans]
+    if len(steps) < 2:
+        return _figure(0.5, "Fewer than two probes: nothing to compare")
+    figure = _figure(4.2, "From probe to probe")
+    grid = figure.subplots(1, 2, squeeze=False)[0]
+    layers = range(len(run.plans[0]["layers"]))
+    colours = (
+        PALETTE if len(layers) <= len(PALETTE) else matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
+    )
+    for axes, key, name in zip(
+        grid, ("drift", "overlap"), ("spectrum that moved", "kept states that stayed"), strict=True
+    ):
+        _style(axes, "optimizer step", f"share of the {name}")
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        for i in layers:
+            found = [plan["layers"][i] for plan in run.plans]
+            values = np.array([np.nan if layer[key] is None else layer[key] for layer in found])
+            axes.plot(steps, values, ".-", color=colours[i], linewidth=1.2, label=f"layer {i}")
+            cut = np.array([layer["dim_after"] < layer["dim_before"] for layer in found])
+            axes.plot(np.array(steps)[cut], values[cut], "o", color=colours[i], markerfacecolor="none", markersize=9)
+        axes.set_ylim(bottom=0)
+    grid[1].set_ylim(0, 1.05)
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9, ncols=1 + len(layers) // 20)
     return figure

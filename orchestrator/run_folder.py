@@ -114,7 +114,13 @@ def _load(path: Path, *keys: str) -> Json:
 
 def _cut(plan: Json, row: Json) -> Json:
     """The entry that summary.json would hold; how long the cut took is known there alone."""
-    columns = {"dims_before": "dim_before", "dims_after": "dim_after", "mass_kept": "mass_kept"}
+    columns = {
+        "dims_before": "dim_before",
+        "dims_after": "dim_after",
+        "mass_kept": "mass_kept",
+        "error_bounds": "error_bound",
+        "output_errors": "output_error",
+    }
     per_layer = {name: [layer[key] for layer in plan["layers"]] for name, key in columns.items()}
     losses = {key: row.get(key) for key in ("val_loss_before", "val_loss_after")}
-    return {"step": plan["step"], "digest": plan["digest"], **per_layer, **losses}
+    return {"step": plan["step"], "digest": plan["digest"], "rolled_back": False, **per_layer, **losses}

@@ -30,18 +30,20 @@ def write_run(folder: Path) -> Path:
         digest = hashlib.sha256(str(step).encode()).hexdigest()
         layers = [
             {
-                "layer": i, "dim_before": old, "dim_after": new, "kept": None, "left": None, "right": None,
+                "layer": i, "dim_before": old, "dim_after": new, "reduction": None, "order": list(range(old)),
                 "spectrum": [math.exp(-0.2 * n) for n in range(old - 1)] + [0.0],
-                "mass_kept": 0.98, "error_bound": None, "reason": "tolerance",
+                "drift": 0.123 if event else None, "overlap": 0.75 if event else None, "quiet": 0,
+                "mass_kept": 0.98, "error_bound": 0.5 + i, "output_error": 0.0321, "reason": "tolerance",
             }
             for i, (old, new) in enumerate(zip(before, after, strict=True))
         ]  # fmt: skip
-        plan = {"format": 1, "step": step, "attempt": 0, "event": event, "digest": digest, "layers": layers}
+        plan = {"format": 2, "step": step, "attempt": 0, "event": event, "digest": digest, "layers": layers}
         (folder / "plans" / f"{step:08d}-0.json").write_text(json.dumps(plan))
         if before != after:
             truncations.append(
                 {
                     "step": step, "dims_before": before, "dims_after": after, "mass_kept": [0.98, 0.97],
+                    "error_bounds": [0.5, 1.5], "output_errors": [0.0321, 0.0456], "rolled_back": False,
                     "seconds": 0.42, "digest": digest, "val_loss_before": 1.51, "val_loss_after": 1.62,
                 }
             )  # fmt: skip
@@ -87,7 +89,8 @@ def run(tmp_path: Path) -> Path:
 def test_figures_are_images_with_something_on_them(run: Path) -> None:
     paths = write_figures(run)
     assert [path.relative_to(run).as_posix() for path in paths] == [
-        "figures/loss.png", "figures/state_dims.png", "figures/hsv_spectra.png"
+        "figures/loss.png", "figures/state_dims.png", "figures/hsv_spectra.png",
+        "figures/hsv_drift.png",
     ]  # fmt: skip
     for path in paths:
         assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
@@ -101,7 +104,7 @@ def test_figures_are_images_with_something_on_them(run: Path) -> None:
 def test_page_needs_no_other_file_and_escapes_what_it_shows(run: Path) -> None:
     html = write_report(run).read_text()
     sources = re.findall(r"""(?:src|href|srcset|data|action)\s*=\s*["']?([^"'>\s]*)""", html)
-    assert len(sources) == 3
+    assert len(sources) == 4
     for source, path in zip(sources, write_figures(run), strict=True):
         encoded = source.removeprefix("data:image/png;base64,")
         assert base64.b64decode(encoded, validate=True) == path.read_bytes()
@@ -118,8 +121,10 @@ def test_page_tells_what_happened(run: Path) -> None:
         assert fact in text
     assert "MLflow" not in text, "a fact without a value has no line"
     digest = hashlib.sha256(b"30").hexdigest()
-    assert f"30 45 30 → 12 7 98.00% 97.00% 0.42 1.5100 → 1.6200 {digest[:12]} " in text
+    assert f"30 45 30 → 12 7 98.00% 97.00% 0.5 1.5 3.21% 4.56% 1.5100 → 1.6200 0.42 {digest[:12]} " in text
     assert digest not in text
+    assert "the bounds of several cuts add up, here to 1 3 per layer" in text
+    assert "30 12.3% 12.3% 75% 75% tolerance" in text
     assert hashlib.sha256(b"20").hexdigest()[:12] not in text, "a probe without a cut is no truncation"
 
 

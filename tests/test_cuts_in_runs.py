@@ -1,0 +1,148 @@
+"""Whole runs whose cuts are taken back, wait for a settled ranking, or combine states."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from compression.plan import StateRotation, TruncationPlan
+from orchestrator import checkpoint, launch
+from orchestrator.config import GuardConfig, parse_config
+from orchestrator.guard import Watch
+from orchestrator.inference import load_model
+from orchestrator.run_folder import last_plan, read_metrics
+
+
+def finished(raw: dict[str, Any], **changes: Any) -> tuple[Path, dict[str, Any]]:
+    config = parse_config(raw | changes)
+    summary = launch.train(config)
+    return config.storage / config.name, summary
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {row["step"]: row["train_loss"] for row in read_metrics(folder) if "train_loss" in row}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    path = checkpoint.newest(folder / "checkpoints")
+    assert path is not None
+    shards = (load_file(path / shard.file) for shard in checkpoint.verify(path).shards)
+    return {name: part for shard in shards for name, part in shard.items()}
+
+
+@pytest.mark.parametrize(
+    ("metric", "before", "values", "verdicts"),
+    [
+        ("val_loss", 2.0, [2.04], ["recovered"]),
+        ("val_loss", 2.0, [2.05, 2.041, 2.0], ["waiting", "waiting", "recovered"]),
+        ("val_loss", 2.0, [2.05, 2.05, 2.05], ["waiting", "waiting", "hurt"]),
+        ("val_loss", 2.0, [float("nan")] * 3, ["waiting", "waiting", "hurt"]),
+        ("val_accuracy", 0.5, [0.48, 0.49], ["waiting", "recovered"]),
+    ],
+)
+def test_a_watch_ends_with_recovery_or_with_patience(
+    metric: str, before: float, values: list[float], verdicts: list[str]
+) -> None:
+    guard = GuardConfig(metric=metric, tolerance=0.02, patience=2)  # type: ignore[arg-type]
+    watch, found = Watch(step=1, before=before, evaluations_left=guard.patience + 1), []
+    for value in values:
+        watch = watch.after_another()
+        found.append(watch.verdict(guard, value))
+    assert found == verdicts
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("patience", [0, 1])
+def test_a_cut_that_hurts_is_taken_back(small_run: dict[str, Any], local_ray: None, patience: int) -> None:
+    """The run goes on as if it had never been cut, from the same data, to the last bit."""
+    small_run |= {"data": {"source": "digits"}, "model": {"kind": "lru", "n_layers": 2, "d_model": 16, "d_state": 16}}
+    # One step after the cut, which is all that patience 1 grants, nothing can have recovered.
+    small_run["train"] |= {"steps": 110, "batch_size": 40, "eval_every": 101, "checkpoint_every": 90}
+    hurts = {"target": {"dim": 1}, "steps": [100, 105], "score": "smallest"}
+    hurts |= {"guard": {"tolerance": 0, "patience": patience}}
+    folder, summary = finished(small_run, name="guarded", truncation=hurts)
+    uncut, expected = finished(small_run, name="uncut", truncation=None)
+    (cut,) = summary["truncations"]
+    assert (cut["step"], cut["rolled_back"], cut["dims_after"]) == (100, True, [4, 4])
+    assert summary["final_dims"] == [16, 16]
+    assert losses(folder) == losses(uncut)
+    assert summary["val_loss_final"] == expected["val_loss_final"]
+    ours, theirs = weights(folder), weights(uncut)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not (folder / "uncut").exists()
+
+
+@pytest.mark.cluster
+def test_a_cut_that_recovers_stays(small_run: dict[str, Any], local_ray: None) -> None:
+    small_run["truncation"] |= {"guard": {"tolerance": 0.5}}
+    folder, summary = finished(small_run)
+    assert summary["final_dims"] == [4, 4]
+    assert not any(cut["rolled_back"] for cut in summary["truncations"])
+    assert not (folder / "uncut").exists()
+    path = checkpoint.newest(folder / "checkpoints")
+    assert path is not None
+    assert checkpoint.verify(path).watch is None
+
+
+@pytest.mark.cluster
+def test_a_settled_ranking_is_cut_and_a_resumed_run_knows_how_long_it_has_been_quiet(
+    small_run: dict[str, Any], local_ray: None, tmp_path: Path
+) -> None:
+    small_run["truncation"] = {
+        "target": {"dim": 4},
+        "stable": {"probes": 4, "deadline": 0.67, "drift": 0.9, "overlap": 0.01, "patience": 2},
+        "score": "greedy",
+        "compensate": True,
+    }
+    small_run["train"]["checkpoint_every"] = 5
+    folder, summary = finished(small_run)
+    assert [cut["step"] for cut in summary["truncations"]] == [6]  # probes at 2, 4 and 6: two quiet ones
+    assert summary["final_dims"] == [4, 4]
+    rows = {row["step"]: row for row in read_metrics(folder)}
+    assert 0 <= rows[4]["hsv_drift_00"] <= 0.9
+    assert 0 <= rows[6]["kept_overlap_01"] <= 1
+    plan = last_plan(folder, 12)
+    assert plan is not None
+    assert all("quiet for 2 probes" in layer.reason for layer in plan.layers)
+    assert all(layer.output_error is not None and 0 < layer.output_error < 1 for layer in plan.layers)
+
+    copy = tmp_path / "again" / folder.name
+    shutil.copytree(folder, copy)
+    for path in (copy / "checkpoints").iterdir():
+        if path.name != "step-00000005":
+            shutil.rmtree(path)
+    for path in (copy / "plans").glob("step-00000006*"):
+        path.unlink()
+    kept = [line for line in (copy / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] <= 5]
+    (copy / "metrics.jsonl").write_text("\n".join(kept) + "\n")
+    (copy / "summary.json").unlink()
+    launch.train(parse_config(small_run | {"storage": str(copy.parent)}), resume=True)
+    assert losses(copy) == losses(folder)
+    assert last_plan(copy, 12) is not None
+    assert [layer.quiet for layer in last_plan(copy, 12).layers] == [2, 2]  # type: ignore[union-attr]
+
+
+@pytest.mark.cluster
+def test_a_rotated_layer_is_cut_twice_saved_and_loaded(small_run: dict[str, Any], local_ray: None) -> None:
+    small_run["model"] = {
+        "kind": "mamba2",
+        "n_layers": 2,
+        "d_model": 16,
+        "d_state": 16,
+        "headdim": 8,
+        "basis": "rotated",
+    }
+    folder, summary = finished(small_run)
+    assert [cut["dims_after"] for cut in summary["truncations"]] == [[8, 8], [4, 4]]
+    plans = [TruncationPlan.from_json(path.read_text()) for path in sorted((folder / "plans").iterdir())]
+    assert all(isinstance(layer.reduction, StateRotation) for plan in plans for layer in plan.layers)
+    model = load_model(folder)
+    mixer = model.mixers()[0]
+    assert mixer.get_parameter("B_map").shape == (4, 16)
+    assert model.state_dims == [4, 4]
