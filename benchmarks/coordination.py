@@ -132,8 +132,7 @@ def main() -> None:
 
     print(f"\non paper: one probe of {LARGE_LAYERS} layers; every worker makes 2 calls to the actor and gets the plan")
     print(
-        f"{'':24}{'workers':>8}{'reduced, per worker':>22}{'calls':>8}"
-        f"{'into actor':>12}{'out of it':>12}{'in actor':>12}"
+        f"{'MiB':24}{'workers':>8}{'reduced, each':>16}{'calls':>8}{'into actor':>12}{'out of it':>12}{'in actor':>12}"
     )
     paper = {}
     for name, (channels, d_state) in LARGE.items():
@@ -143,8 +142,8 @@ def main() -> None:
             # A reduction to one rank passes each sum on once, however many workers there are.
             reduced, out = LARGE_LAYERS * sent.statistics, workers * sent.reductions
             sizes = (sent.spectra + sent.reductions, out, sent.actor_peak)
-            cells = "".join(f"{size / 2**20:>9.2f} MiB"[:12].rjust(12) for size in sizes)
-            print(f"{name:24}{workers:>8}{reduced / 2**20:>18.1f} MiB{2 * workers:>8}{cells}")
+            cells = "".join(f"{size / 2**20:>12.2f}" for size in sizes)
+            print(f"{name:24}{workers:>8}{reduced / 2**20:>16.1f}{2 * workers:>8}{cells}")
     RESULTS.mkdir(exist_ok=True)
     content = {"timings": [asdict(timing) for timing in timings], "messages": paper}
     (RESULTS / "coordination.json").write_text(json.dumps(content, indent=2) + "\n")

@@ -132,8 +132,6 @@ class Coordinator:
         attempt, step = sender.occasion.attempt, sender.occasion.step
         if attempt != self._attempt:
             raise StaleAttemptError(f"rank {sender.rank} asks for attempt {attempt}, but attempt {self._attempt} is on")
-        # Of earlier probes nothing is awaited any more: every rank has had its answer before it came here.
-        self._meetings = {key: meeting for key, meeting in self._meetings.items() if key[0] >= step}
         if (step, stage) not in self._meetings:
             self._meetings[step, stage] = _Meeting(asyncio.get_running_loop().create_future())
         meeting = self._meetings[step, stage]
@@ -149,6 +147,8 @@ class Coordinator:
                     meeting.answer.set_exception(ValueError("; ".join(sorted(meeting.failures))))
                 else:
                     meeting.answer.set_result(settle(meeting.layers))
+                # The answer stays for late readers; what it was made of would pile up.
+                meeting.layers = {}
         try:
             await asyncio.wait_for(meeting.closed.wait(), self._timeout_s)
         except TimeoutError:

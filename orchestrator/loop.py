@@ -143,6 +143,7 @@ class Worker:
         occasion = Occasion(self.step, self.attempt, probes.index(self.step) + 1, len(probes))
         plan = coordinate(self.coordinator, rule, occasion, statistics, self.group)
         seconds = time.perf_counter() - started
+        self._publish([Measured(self.step, {"probe_ms": 1000 * seconds})])
         if not plan.truncates:
             self._keep_plan(plan)
             self._publish([Probed(plan, None)])
