@@ -27,7 +27,7 @@ D_MODEL = 256
 
 def ours(d_state: int) -> nn.Module:
     torch.manual_seed(SEED)
-    return Mamba(MambaConfig(kind="mamba", n_layers=1, d_model=D_MODEL, d_state=d_state), d_state, d_state)
+    return Mamba(MambaConfig(kind="mamba", n_layers=1, d_model=D_MODEL, d_state=d_state), d_state)
 
 
 def mambapy(d_state: int) -> nn.Module:

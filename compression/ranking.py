@@ -110,8 +110,8 @@ def choose_ranks(spectra: Sequence[Spectrum], target: Target, event: int, events
         if target.budget is not None:
             same = min(same, _rung_below(sum(limits) // len(limits), target.ladder))
         ranks = [min(spectrum.dim, same) for spectrum in spectra]
-    last = event == events and bool(size)
-    return [_gated(*layer, last) for layer in zip(spectra, ranks, reasons, strict=True)]
+    last = [event == events and reason == size for reason in reasons]
+    return [_gated(*layer) for layer in zip(spectra, ranks, reasons, last, strict=True)]
 
 
 def _gated(spectrum: Spectrum, rank: int, reason: str, last: bool) -> tuple[int, str]:

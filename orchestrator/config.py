@@ -79,9 +79,11 @@ class TruncationConfig(_Part):
     window: Window | None = Field(None, description="Equidistant probes; by default four in the first tenth.")
     steps: Steps | None = Field(None, description="Explicit probe steps instead of a window.")
     stable: Stable | None = Field(None, description="Instead of a window, one cut per layer when its ranking rests.")
-    score: Score = Field("hankel", description="What ranks the states.")
-    compensate: bool = Field(
-        False, description="Fold what the cut states contributed into the kept ones' output projection (Mamba-1)."
+    score: Score | None = Field(
+        None, description="What ranks the states; by default greedy with compensation, hankel without."
+    )
+    compensate: bool | None = Field(
+        None, description="Fold what cut states contributed into the kept ones' output; by default where it can be."
     )
     moments: Carry = Field(
         "transport", description="Adam's moments go through the cut's maps; slice and reset are for comparison."
@@ -190,8 +192,7 @@ class RunConfig(_Part):
                 f"model.n_groups {model.n_groups} must be 1 with truncation, "
                 "which chooses states of one group; or set truncation to null"
             )
-        combines = model.kind == "lru" or (isinstance(model, Mamba2Config) and model.basis == "rotated")
-        if combines and truncation.score not in ("hankel", "smallest", "random"):
+        if self._combines and truncation.score not in (None, "hankel", "smallest", "random"):
             raise ValueError(
                 f"truncation.score {truncation.score} chooses among states, which this model combines; "
                 "it must be hankel, smallest or random"
@@ -225,8 +226,17 @@ class RunConfig(_Part):
         """What all probes go by; None without truncation."""
         if self.truncation is None:
             return None
-        t = self.truncation
-        return Rule(t.target, t.score, t.compensate, t.stable, tuple(self.model.state_dims), self.seed)
+        t, dims = self.truncation, tuple(self.model.state_dims)
+        compensate = self.model.kind == "mamba" if t.compensate is None else t.compensate
+        # Elimination takes for granted that what is left takes over.
+        score = t.score or ("greedy" if compensate else "hankel")
+        return Rule(t.target, score, compensate, t.stable, dims, self.seed)
+
+    @property
+    def _combines(self) -> bool:
+        """Whether a cut combines states; else it chooses among them."""
+        model = self.model
+        return model.kind == "lru" or (isinstance(model, Mamba2Config) and model.basis == "rotated")
 
     @property
     def seq_len(self) -> int | None:

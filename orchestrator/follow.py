@@ -147,6 +147,6 @@ def describe_cut(cut: CutRecord) -> str:
     kept = mass[0] if len(mass) == 1 else f"{min(cut.mass_kept):.1%} to {max(cut.mass_kept):.1%}"
     return (
         f"cut at step {cut.step}: states {dims(cut.dims_before)} -> {dims(cut.dims_after)}, "
-        f"{kept} of the Hankel mass kept, layers' outputs changed by at most {max(cut.output_errors):.1%}, "
+        f"{kept} of the spectrum kept, layers' outputs changed by at most {max(cut.output_errors):.1%}, "
         f"held-out loss {cut.val_loss_before:.3f} -> {cut.val_loss_after:.3f}, {cut.seconds:.1f} s"
     )
