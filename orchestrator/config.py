@@ -327,7 +327,9 @@ def refuse_other_run(config: RunConfig, saved: dict[str, Any]) -> None:
     Raises:
         UserError: names every key that differs and may not.
     """
-    now, then = dict(flatten(config.model_dump(mode="json"))), dict(flatten(saved))
+    # Through the schema, so that a setting that is newer than the checkpoint has its default there.
+    before = parse_config(saved)
+    now, then = (dict(flatten(part.model_dump(mode="json"))) for part in (config, before))
     changed = [
         f"{key} (was {then.get(key)!r}, is {now.get(key)!r})"
         for key in sorted(now.keys() | then.keys())
