@@ -108,7 +108,8 @@ class SelectiveMoments:
         return {name: part for name, part in vars(self).items() if isinstance(part, Tensor)}
 
     def check(self) -> None:
-        """
+        """Whether there is anything to rank by.
+
         Raises:
             ValueError: a moment is not finite, or there are no tokens.
         """

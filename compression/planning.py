@@ -69,7 +69,8 @@ class Decision:
 
 
 def solve_layer(layer: int, statistics: Statistics, rule: Rule, step: int) -> Solution:
-    """
+    """What a layer's owner does before anything is decided.
+
     Raises:
         ValueError: names the layer whose statistics are not finite, or that is not stable.
     """
