@@ -116,7 +116,7 @@ def main(command: str, study: str, *options: str) -> None:
     for (task, model), variants in STUDIES[study].items():
         for seed in SEEDS:
             missing = [v for v in variants if (task, model, seed, v.name) not in done]
-            if missing and only in f"{task}, {model}":
+            if missing and only in ("", f"{task}, {model}"):
                 jobs.append((task, model, seed, missing))
     path.parent.mkdir(exist_ok=True)
     spawn = multiprocessing.get_context("spawn")
