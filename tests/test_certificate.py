@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -64,16 +65,21 @@ def measured_and_done(model: dict[str, Any]) -> tuple[float, float, dict[str, fl
     return certificate, float((after - before).norm() / before.norm()), metrics, again
 
 
-@pytest.mark.parametrize("model", MODELS, ids=lambda model: model["kind"])
-def test_the_measured_error_is_what_the_cut_does(
-    model: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In a process of its own, because DeepSpeed keeps to the first process group that it meets."""
-    for name, value in {"LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}.items():
-        monkeypatch.setenv(name, value)
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessPoolExecutor]:
+    """A process of its own, because DeepSpeed keeps to the first process group that it meets."""
+    store = tmp_path_factory.mktemp("group") / "store"
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, join_alone, (tmp_path / "store",)) as pool:
-        certificate, done, metrics, again = pool.submit(measured_and_done, model).result()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        with ProcessPoolExecutor(1, spawn, join_alone, (store,)) as pool:
+            yield pool
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model["kind"])
+def test_the_measured_error_is_what_the_cut_does(model: dict[str, Any], alone: ProcessPoolExecutor) -> None:
+    certificate, done, metrics, again = alone.submit(measured_and_done, model).result()
     # Of a fresh Mamba-1 a cut hardly takes anything; float32 rounds at 1e-7 of the output.
     assert done > 1e-4
     assert certificate == pytest.approx(done, rel=2e-3)
