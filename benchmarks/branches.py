@@ -73,12 +73,11 @@ class Trunk:
         for step in range(max(start, 1), config.train.steps + 1):
             if step > start:
                 engine.step(self._batches.at(step), step)
-            cuttable = rule is not None and (
-                rule.stable is None or any(a == b for a, b in zip(engine.state_dims, rule.initial_dims, strict=True))
-            )
-            if step not in probes or not cuttable:
+            if step not in probes:
                 continue
             assert rule is not None
+            if not rule.may_cut(engine.state_dims):
+                continue
             assert config.truncation is not None
             first = step - config.truncation.probe_batches
             statistics = engine.statistics(self._batches.at(s) for s in range(step, max(0, first), -1))

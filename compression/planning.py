@@ -29,6 +29,10 @@ class Rule:
     initial_dims: tuple[int, ...]
     seed: int
 
+    def may_cut(self, dims: Sequence[int]) -> bool:
+        """Whether a probe can still lead to a cut: one is all that a layer gets when it has come to rest."""
+        return self.stable is None or any(dim == first for dim, first in zip(dims, self.initial_dims, strict=True))
+
 
 @dataclass(frozen=True)
 class Occasion:

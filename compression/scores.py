@@ -51,12 +51,18 @@ def rank_states(moments: SelectiveMoments, score: Score, seed: int) -> Ranking:
         return _eliminate(moments)
     if score in ("smallest", "random"):
         sigma_N, order_N = _hankel(moments).sort(descending=True, stable=True)
-        generator = torch.Generator().manual_seed(seed)
-        drawn_N = torch.randperm(len(order_N), generator=generator)
-        draw_N = drawn_N if score == "random" else torch.arange(len(order_N)).flip(0)
+        draw_N = ablation_order(len(order_N), score, seed)
         return Ranking(order_N[draw_N], sigma_N, sigma_N[draw_N])
     sigma_N, order_N = SCORES[score](moments).sort(descending=True, stable=True)
     return Ranking(order_N, sigma_N, sigma_N)
+
+
+def ablation_order(count: int, score: Score, seed: int) -> Tensor:
+    """Places in a descending spectrum in the order in which an ablation keeps them, int64."""
+    if score == "smallest":
+        return torch.arange(count).flip(0)
+    assert score == "random"
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def _hankel(moments: SelectiveMoments) -> Tensor:

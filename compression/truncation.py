@@ -15,7 +15,7 @@ from torch import Tensor
 from compression.gramians import LTISystem, SelectiveMoments, Statistics, pooled_gramians
 from compression.hankel import Balancing, lti_balancing
 from compression.plan import Reduction, StateRotation, StateSelection, StateTransform
-from compression.scores import Score, compensation, rank_states
+from compression.scores import Score, ablation_order, compensation, rank_states
 
 # Beyond this condition number of the eigenvectors the diagonal form of the reduced system, whose weights are
 # float32, is wrong by more than its certificate: the reduction is nearly defective.
@@ -87,14 +87,8 @@ class _Balanced(Solution):
         self.sigma_N = balancing.sigma_N
         self._balancing = balancing
         # Coordinates below rounding cannot be computed.
-        coordinates = torch.arange(balancing.numerical_rank)
-        if score == "smallest":
-            coordinates = coordinates.flip(0)
-        elif score == "random":
-            generator = torch.Generator().manual_seed(seed)
-            coordinates = coordinates[torch.randperm(len(coordinates), generator=generator)]
-        else:
-            assert score == "hankel", f"{score} chooses states, and here they are combined"
+        count = balancing.numerical_rank
+        coordinates = torch.arange(count) if score == "hankel" else ablation_order(count, score, seed)
         self._coordinates: list[int] = coordinates.tolist()
         self.own_N = balancing.sigma_N[coordinates]
 

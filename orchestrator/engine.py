@@ -115,11 +115,13 @@ class Engine:
 
     def reshape(self, plan: TruncationPlan) -> None:
         """Apply a plan to masters, moments and model; the engine is built again around the smaller model."""
-        self._rebuild(plan.dims_after, self._read(plan))
+        self.restore(plan.dims_after, self._read(plan))
 
     def restore(self, state_dims: Sequence[int], state: ShardedState) -> None:
-        """Go back to a state that the engine had with these dimensions."""
-        self._rebuild(state_dims, state)
+        """Build the engine again, with these dimensions, around a state that has them."""
+        self.close()
+        self._build(state_dims)
+        self.load(state)
 
     def state(self) -> ShardedState:
         """Everything that training has changed, spread over the workers."""
@@ -155,11 +157,6 @@ class Engine:
         del self._engine, self._model
         # Engine, optimizer and parameters refer to each other in circles (DeepSpeed issue 7204).
         gc.collect()
-
-    def _rebuild(self, state_dims: Sequence[int], state: ShardedState) -> None:
-        self.close()
-        self._build(state_dims)
-        self.load(state)
 
     def _shrunk(self, cut: LayerPlan) -> TruncatableLayer:
         """One layer as the plan would leave it."""

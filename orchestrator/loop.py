@@ -100,12 +100,10 @@ class Worker:
         return engine
 
     def _may_cut(self) -> bool:
-        """No more cuts after one that was taken back; and one cut is all that a layer gets when it has come to rest."""
-        if any(cut.rolled_back for cut in self.truncations):
-            return False
+        """Nothing more is cut after a cut that was taken back."""
         rule = self.config.truncation_rule
-        pairs = zip(self.engine.state_dims, self.config.model.state_dims, strict=True)
-        return rule is not None and (rule.stable is None or any(dim == initial for dim, initial in pairs))
+        assert rule is not None
+        return rule.may_cut(self.engine.state_dims) and not any(cut.rolled_back for cut in self.truncations)
 
     def _train_step(self) -> None:
         started = time.perf_counter()

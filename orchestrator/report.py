@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from orchestrator.run_folder import Json, Recorded, read_run
+from orchestrator.run_folder import Json, Recorded, read_run, total_bounds
 
 # Okabe and Ito's palette without its yellow, which vanishes on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
@@ -55,20 +55,12 @@ def write_report(run: Path) -> Path:
     html = TEMPLATES.get_template("report.html.j2").render(
         name=recorded.summary.get("name") or run.resolve().name,
         run=recorded,
-        bounds=_total_bounds(recorded.cuts),
+        bounds=total_bounds([cut for cut in recorded.cuts if not cut["rolled_back"]]),
         dims=[list(known.values()) for known in _dims_over_steps(recorded).values()],
         figures=[(caption, base64.b64encode(image).decode()) for caption, image in figures],
     )
     (run / "report.html").write_text(html, encoding="utf-8")
     return run / "report.html"
-
-
-def _total_bounds(cuts: Sequence[Json]) -> list[float]:
-    """Per layer, over all cuts that were not taken back; empty where a layer has no bound."""
-    lasting = [cut["error_bounds"] for cut in cuts if not cut["rolled_back"]]
-    if any(bound is None for bounds in lasting for bound in bounds):
-        return []
-    return [sum(bounds) for bounds in zip(*lasting, strict=True)]
 
 
 def _draw(run: Recorded, folder: Path) -> list[Path]:

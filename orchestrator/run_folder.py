@@ -7,6 +7,7 @@ it trains, after it ended, and after it was killed.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,12 @@ def read_run(folder: Path) -> Recorded:
     config = folder / "config.yaml"
     text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
     return Recorded(rows, plans, cuts, summary, text)
+
+
+def total_bounds(cuts: Sequence[Json]) -> list[float | None]:
+    """Per layer, the error bounds of these cuts added up; None where a cut of the layer has none."""
+    by_layer = zip(*(cut["error_bounds"] for cut in cuts), strict=True)
+    return [None if None in bounds else sum(bounds) for bounds in by_layer]
 
 
 def read_metrics(folder: Path) -> list[Json]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config import RunConfig
-from orchestrator.run_folder import read_metrics
+from orchestrator.run_folder import read_metrics, total_bounds
 from orchestrator.terminal import count, dims
 
 
@@ -46,7 +46,7 @@ def write_summary(
         "steps": config.train.steps,
         "initial_dims": initial,
         "final_dims": cuts[-1]["dims_after"] if cuts else initial,
-        "error_bounds": [_total(bounds) for bounds in zip(*(cut["error_bounds"] for cut in cuts), strict=True)],
+        "error_bounds": total_bounds(cuts),
         "truncations": list(truncations),
         "val_loss_final": held_out[-1]["val_loss"],
         "val_accuracy_final": held_out[-1].get("val_accuracy"),
@@ -59,11 +59,6 @@ def write_summary(
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
-
-
-def _total(bounds: Sequence[float | None]) -> float | None:
-    known = [bound for bound in bounds if bound is not None]
-    return sum(known) if len(known) == len(bounds) else None
 
 
 def describe_summary(summary: dict[str, Any]) -> list[str]:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
+import torch.distributed as dist
 
 from models.scan import backends, extension
 
@@ -56,6 +59,22 @@ def local_ray() -> Iterator[None]:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+def _join_alone() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+@pytest.fixture(scope="session")
+def alone() -> Iterator[ProcessPoolExecutor]:
+    """A process for real engines of one worker, because DeepSpeed keeps to the first process group that it meets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _join_alone)
+        pool.submit(int).result()  # starts the process, which keeps these settings for itself
+    with pool:
+        yield pool
 
 
 @pytest.fixture(params=["torch", "cpu"])

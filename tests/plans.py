@@ -15,6 +15,7 @@ from compression.gramians import SelectiveMoments, Statistics
 from compression.plan import LayerPlan, Reduction, TruncationPlan
 from compression.planning import Occasion, Rule, plan_truncation
 from compression.ranking import Target
+from compression.scores import rank_states
 
 ONLY = Occasion(step=1, attempt=1, event=1, events=1)
 
@@ -72,3 +73,9 @@ def cut_of(reduction: Reduction, dim_before: int, dim_after: int) -> LayerPlan:
         output_error=None,
         reason="test",
     )
+
+
+def hankel_of(moments: SelectiveMoments) -> Tensor:
+    """The HSV of each state, in state order."""
+    ranking = rank_states(moments, "hankel", seed=0)
+    return torch.zeros_like(ranking.sigma_N).scatter(0, ranking.order_N, ranking.sigma_N)

@@ -5,14 +5,12 @@ Shapes: B batch, L time, I features.
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from compression.gramians import SelectiveMoments
@@ -96,10 +94,6 @@ def test_evaluation_gives_the_same_logits(backend: str) -> None:
     assert torch.equal(plain.eval()(TOKENS_BL), recomputing.eval()(TOKENS_BL))
 
 
-def join_alone() -> None:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-
-
 def two_engine_steps(recompute: bool) -> tuple[int, str]:
     """Bytes that the first of two steps of a real engine keeps, and the parameters' checksum after both."""
     from orchestrator.engine import Engine
@@ -124,12 +118,7 @@ def two_engine_steps(recompute: bool) -> tuple[int, str]:
     return sum(saved.values()), checksum
 
 
-def test_the_engine_does_as_the_config_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a process of its own, because DeepSpeed keeps to the first process group that it meets."""
-    for name, value in {"LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}.items():
-        monkeypatch.setenv(name, value)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, join_alone) as pool:
-        (kept, checksum), (kept_recomputing, same_checksum) = pool.map(two_engine_steps, (False, True))
+def test_the_engine_does_as_the_config_says(alone: ProcessPoolExecutor) -> None:
+    (kept, checksum), (kept_recomputing, same_checksum) = alone.map(two_engine_steps, (False, True))
     assert kept_recomputing < kept / 2
     assert checksum == same_checksum

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from compression.planning import Occasion, plan_truncation
@@ -25,10 +21,6 @@ MODELS: list[dict[str, Any]] = [
     {"kind": "mamba2", "headdim": 4, "basis": "rotated", **SETTINGS},
     {"kind": "lru", **SETTINGS},
 ]
-
-
-def join_alone(store: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
 
 
 def measured_and_done(model: dict[str, Any]) -> tuple[float, float, dict[str, float], dict[str, float]]:
@@ -63,18 +55,6 @@ def measured_and_done(model: dict[str, Any]) -> tuple[float, float, dict[str, fl
     certificate = plan.layers[0].output_error
     assert certificate is not None
     return certificate, float((after - before).norm() / before.norm()), metrics, again
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessPoolExecutor]:
-    """A process of its own, because DeepSpeed keeps to the first process group that it meets."""
-    store = tmp_path_factory.mktemp("group") / "store"
-    spawn = multiprocessing.get_context("spawn")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOCAL_RANK", "0")
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        with ProcessPoolExecutor(1, spawn, join_alone, (store,)) as pool:
-            yield pool
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model["kind"])

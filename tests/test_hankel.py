@@ -13,8 +13,8 @@ from torch import Tensor
 
 from compression.gramians import LTISystem, SelectiveMoments, lti_gramians, selective_gramians
 from compression.hankel import lti_balancing
-from compression.scores import rank_states
 from models.mamba import Mamba, MambaConfig
+from tests.plans import hankel_of
 from tests.systems import padded_system, random_system
 
 
@@ -34,12 +34,6 @@ SYSTEMS = {
     "zero eigenvalue": system_at([0, 0.5, -0.5]),
     "unreachable": padded_system(random_system(5, 2, seed=4), "unreachable"),
 }
-
-
-def hankel_of(moments: SelectiveMoments) -> Tensor:
-    """The HSV of each state, in state order."""
-    ranking = rank_states(moments, "hankel", seed=0)
-    return torch.zeros_like(ranking.sigma_N).scatter(0, ranking.order_N, ranking.sigma_N)
 
 
 def sigma_of(system: LTISystem) -> Tensor:

@@ -13,24 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from compression.gramians import SelectiveMoments
 from compression.hankel import lti_balancing
 from compression.plan import StateSelection, StateTransform, TruncationPlan
 from compression.planning import Occasion, keep_everything, plan_truncation
 from compression.ranking import Target
-from compression.scores import rank_states
-from tests.plans import plan_of, rule, selective_moments
+from tests.plans import hankel_of, plan_of, rule, selective_moments
 from tests.systems import padded_system, random_system
 
 REPOSITORY = Path(__file__).parent.parent
-
-
-def hankel_of(moments: SelectiveMoments) -> Tensor:
-    """The HSV of each state, in state order."""
-    ranking = rank_states(moments, "hankel", seed=0)
-    return torch.zeros_like(ranking.sigma_N).scatter(0, ranking.order_N, ranking.sigma_N)
 
 
 def test_an_lti_plan_states_what_it_costs() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from click.testing import CliRunner
 
@@ -184,10 +182,6 @@ def settings(folder: Path) -> dict[str, Any]:
     }
 
 
-def join_alone() -> None:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-
-
 def evaluated(folder: Path, task: Task, batches: list[Batch]) -> dict[str, float]:
     """What a real engine, freshly initialised, says of these batches."""
     from orchestrator.engine import Engine
@@ -199,7 +193,7 @@ def evaluated(folder: Path, task: Task, batches: list[Batch]) -> dict[str, float
     return metrics
 
 
-def test_evaluation_counts_every_answer_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_counts_every_answer_once(tmp_path: Path, alone: ProcessPoolExecutor) -> None:
     """Also where batches are asked unequally much. In a process of its own, for DeepSpeed's process group."""
     config = parse_config(settings(tmp_path))
     torch.manual_seed(config.seed)
@@ -214,11 +208,8 @@ def test_evaluation_counts_every_answer_once(tmp_path: Path, monkeypatch: pytest
     batches = [Batch(tokens_BL[rows], masked_BL[rows]) for rows in (slice(0, 2), slice(2, 3), slice(3, 6))]
     whole = [Batch(tokens_BL[:2], targets_BL[:2]), Batch(tokens_BL[2:], targets_BL[2:])]
 
-    for name, value in {"LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}.items():
-        monkeypatch.setenv(name, value)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), join_alone) as pool:
-        of_recall = pool.submit(evaluated, tmp_path, RecallTask(40), batches).result()
-        of_text = pool.submit(evaluated, tmp_path, LanguageTask(40), whole).result()
+    of_recall = alone.submit(evaluated, tmp_path, RecallTask(40), batches).result()
+    of_text = alone.submit(evaluated, tmp_path, LanguageTask(40), whole).result()
 
     assert of_recall["val_accuracy"] == pytest.approx(float((answers_BL == targets_BL)[asked_BL].double().mean()))
     assert of_recall["val_loss"] == pytest.approx(
