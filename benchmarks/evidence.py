@@ -88,7 +88,7 @@ SCORES: dict[str, list[Variant]] = {
 TIMING = [
     *(_cut(f"cut at {share:.0%}", at=share) for share in (0.02, 0.1, 0.3, 0.6)),
     _cut("window of 4", timing={"window": {}}),
-    _cut("stable", timing={"stable": {"drift": 0.02, "overlap": 0.75, "deadline": 0.6, "probes": 24}}),
+    _cut("stable", timing={"stable": {"deadline": 0.6, "probes": 24}}),
 ]
 MOMENTS = [_cut(how, moments=how) for how in ("transport", "slice", "reset")]
 

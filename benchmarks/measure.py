@@ -32,7 +32,7 @@ MEMORY_PASSES = 2
 # Of the largest value of a tensor. Gradients sum over all tokens in another order than the peer's.
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
 
-Step = Callable[[], None]
+Step = Callable[[], object]
 Build = Callable[[int], nn.Module]
 
 

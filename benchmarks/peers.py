@@ -2,7 +2,7 @@
 
 All blocks of one kind take the same parameter names, so ours can lend its weights to every other.
 
-Shapes: B batch, L time, M d_model, D d_inner, N d_state, R dt_rank or states after a cut, H LRU width.
+Shapes: B batch, L time, M d_model, D d_inner, N d_state, R dt_rank, H LRU width.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.measure import SEED, Shape, Step
-from compression.gramians import LTISystem, lti_gramians
-from compression.truncation import StateTransform
 from models.lru import LRU, LRUConfig
 from models.mamba import Mamba, MambaConfig
 from models.mamba2 import Mamba2, Mamba2Config
@@ -161,26 +159,3 @@ def lru_training_step(task: LRUTask, stateless: bool) -> Step:
         optimizer.step()
 
     return step
-
-
-def published_truncation(system: LTISystem, rank: int) -> tuple[Tensor, StateTransform]:
-    """HSVs and the cut to `rank` states as CompreSSM (arXiv 2510.02823) describes them, in complex64.
-
-    Eigenvalues of P Q are the squared HSVs, its eigenvectors the balancing transform up to the scale that makes both
-    Gramians equal; the leading block of the transformed A is diagonalised again. By torch and not by numpy: one
-    thread pool and one LAPACK for both sides, so that the ratio is between the procedures. One decomposition of P Q
-    serves HSVs and transform.
-    """
-    a_N = system.eigenvalues_N.to(torch.complex64)
-    P_NN, Q_NN = lti_gramians(LTISystem(a_N, system.B_NH.to(torch.complex64), system.C_HN.to(torch.complex64)))
-    squares_N, T_NN = torch.linalg.eig(P_NN @ Q_NN)
-    sigma_N, order_N = squares_N.abs().sqrt().sort(descending=True)
-    T_NN = T_NN[:, order_N]
-    inverse_NN = torch.linalg.inv(T_NN)
-    reached_N = ((inverse_NN @ P_NN) * inverse_NN.conj()).sum(1).abs()
-    seen_N = (T_NN.conj() * (Q_NN @ T_NN)).sum(0).abs()
-    scale_N = (reached_N / seen_N) ** 0.25
-    left_RN, right_NR = (inverse_NN / scale_N[:, None])[:rank], (T_NN * scale_N)[:, :rank]
-    eigenvalues_R, vectors_RR = torch.linalg.eig(left_RN @ (a_N[:, None] * right_NR))
-    left_RN, right_NR = torch.linalg.solve(vectors_RR, left_RN), right_NR @ vectors_RR
-    return sigma_N.double(), StateTransform(*(part.to(torch.complex128) for part in (left_RN, right_NR, eigenvalues_R)))

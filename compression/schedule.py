@@ -41,8 +41,8 @@ class Stable(BaseModel):
     probes: int = Field(10, ge=2, description="Number of equidistant probes up to the deadline.")
     start: float = Field(0.0, ge=0, lt=1, description="Share of the steps after which probing begins.")
     deadline: Part = Field(0.25, description="Share of the steps at which every layer is cut, quiet or not.")
-    drift: Part = Field(0.02, description="Largest share of the HSV mass that may move between quiet probes.")
-    overlap: Part = Field(0.9, description="Least share of the kept states that quiet probes have in common.")
+    drift: Part = Field(0.1, description="Largest share of the HSV mass that may move between quiet probes.")
+    overlap: Part = Field(0.75, description="Least share of the kept states that quiet probes have in common.")
     patience: int = Field(2, ge=1, description="Quiet probes in succession before a layer is cut.")
 
     @model_validator(mode="after")
