@@ -8,6 +8,7 @@ Shapes: N state, H width.
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import types
@@ -54,15 +55,18 @@ class PublishedCut:
 
     def close(self) -> None:
         assert self._process.stdin is not None
+        self._process.send_signal(signal.SIGCONT)
         self._process.stdin.close()
         self._process.wait()
 
     def _ask(self, line: str) -> None:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        self._process.send_signal(signal.SIGCONT)
         self._process.stdin.write(line + "\n")
         if not self._process.stdout.readline():
             raise RuntimeError(f"the published code in {CLONE} ended with {self._process.wait()}")
+        self._process.send_signal(signal.SIGSTOP)  # or its idle threads spin into our turn
 
 
 def _load() -> tuple[Any, Any]:
