@@ -45,7 +45,7 @@ class TokenModel(SequenceModel):
     def __init__(self, vocab_size: int, d_model: int, mixers: Sequence[TruncatableLayer]) -> None:
         super().__init__(Backbone(nn.Embedding(vocab_size, d_model), mixers, d_model))
         nn.init.normal_(self.backbone.embedding.weight, std=0.02)  # type: ignore[arg-type]
-        self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
+        self.lm_head = nn.Linear(d_model, vocab_size, bias=False, device="meta")
         self.lm_head.weight = self.backbone.embedding.weight  # type: ignore[assignment]
 
     def forward(self, tokens_BL: Tensor) -> Tensor:

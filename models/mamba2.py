@@ -81,15 +81,15 @@ class Mamba2(SelectiveLayer):
         self.d_inner = config.d_inner
         self.headdim = config.headdim
         self.n_groups = config.n_groups
-        heads = self.d_inner // self.headdim
+        self.n_heads = self.d_inner // self.headdim
         width = self.n_groups * self._projected
         self._convolved = [self.d_inner, width, width]  # x, B and C
         channels = sum(self._convolved)
-        self.in_proj = nn.Linear(config.d_model, self.d_inner + channels + heads, bias=False)
+        self.in_proj = nn.Linear(config.d_model, self.d_inner + channels + self.n_heads, bias=False)
         self.conv1d = nn.Conv1d(channels, channels, config.d_conv, groups=channels)
-        self.dt_bias = nn.Parameter(initial_dt_bias(heads))
-        self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
-        self.D = nn.Parameter(torch.ones(heads))
+        self.dt_bias = nn.Parameter(initial_dt_bias(self.n_heads))
+        self.A_log = nn.Parameter(torch.empty(self.n_heads).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(self.n_heads))
         self.norm = GatedRMSNorm(self.d_inner, self.n_groups)
         self.out_proj = nn.Linear(self.d_inner, config.d_model, bias=False)
         with torch.no_grad():
@@ -99,9 +99,9 @@ class Mamba2(SelectiveLayer):
         D, GN, _ = self._convolved
         # Four products: the gradients of the parts of one would have to be put together, a copy of the widest tensor.
         # dt alone is too narrow for a product of its own.
-        rows = torch.split(self.in_proj.weight, [D, D, GN, GN + self.D.numel()])
+        rows = torch.split(self.in_proj.weight, [D, D, GN, GN + self.n_heads])
         z_BLD, x_BLD, B_BLE, C_dt_BLE = (F.linear(x_BLM, part) for part in rows)
-        C_BLE, dt_BLH = torch.split(C_dt_BLE, [GN, self.D.numel()], dim=-1)
+        C_BLE, dt_BLH = torch.split(C_dt_BLE, [GN, self.n_heads], dim=-1)
         assert self.conv1d.bias is not None
         weights, biases = (torch.split(part, self._convolved) for part in (self.conv1d.weight, self.conv1d.bias))
         convolved = map(causal_conv_silu, (x_BLD, B_BLE, C_BLE), weights, biases)
@@ -116,7 +116,7 @@ class Mamba2(SelectiveLayer):
     def initial_state(self, batch: int) -> State:
         """The last inputs of the convolution (B, E, V) and the state (B, G, R, P, N)."""
         E, W = self.conv1d.out_channels, self.conv1d.kernel_size[0]
-        heads = self.D.numel() // self.n_groups
+        heads = self.n_heads // self.n_groups
         past_BEV = torch.zeros(batch, E, W - 1, device=self.D.device)
         return past_BEV, torch.zeros(batch, self.n_groups, heads, self.headdim, self.d_state, device=self.D.device)
 
@@ -124,7 +124,7 @@ class Mamba2(SelectiveLayer):
         """States and decays are float32 at least, as in `ssd_scan`."""
         past_BEV, h_BGRPN = state
         z_BD, xBC_BE, dt_BH = torch.split(
-            self.in_proj(x_BM), [self.d_inner, sum(self._convolved), self.D.numel()], dim=-1
+            self.in_proj(x_BM), [self.d_inner, sum(self._convolved), self.n_heads], dim=-1
         )
         assert self.conv1d.bias is not None
         xBC_BE, past_BEV = causal_conv_silu_step(xBC_BE, past_BEV, self.conv1d.weight, self.conv1d.bias)
@@ -148,7 +148,7 @@ class Mamba2(SelectiveLayer):
 
     def _add_projections(self, dt_BLH: Tensor, A_H: Tensor, B_BLGN: Tensor, C_BLGN: Tensor) -> None:
         assert self._moments is not None
-        parts = [self.d_inner, *self._convolved, self.D.numel()]
+        parts = [self.d_inner, *self._convolved, self.n_heads]
         _, _, B_rows, C_rows, _ = torch.split(self.in_proj.weight, parts)
         if self.B_map is not None and self.C_map is not None:
             B_rows, C_rows = self.B_map @ B_rows, self.C_map @ C_rows
@@ -180,7 +180,7 @@ class Mamba2(SelectiveLayer):
         assert plan.reduction.fold_RN is None, "behind the activation of C there is nothing to fold into"
         kept, D, N = torch.tensor(plan.reduction.kept), self.d_inner, plan.dim_before
         channels = torch.cat([torch.arange(D), D + kept, D + N + kept])
-        rows = torch.cat([torch.arange(D), D + channels, 2 * D + 2 * N + torch.arange(self.D.numel())])
+        rows = torch.cat([torch.arange(D), D + channels, 2 * D + 2 * N + torch.arange(self.n_heads)])
         return dict(states) | {
             "in_proj.weight": states["in_proj.weight"].select(lambda part: part[rows]),
             "conv1d.weight": states["conv1d.weight"].select(lambda part: part[channels]),

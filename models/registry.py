@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -43,10 +43,19 @@ class ClassificationTask:
 Task = LanguageTask | RecallTask | ClassificationTask
 
 
-def build_model(config: AnyConfig, task: Task, state_dims: Sequence[int]) -> SequenceModel:
-    """A freshly initialised model with one state dimension per layer, on the CPU, in float32."""
+def build_model(
+    config: AnyConfig, task: Task, state_dims: Sequence[int], place: Callable[[TruncatableLayer], None] | None = None
+) -> SequenceModel:
+    """A freshly initialised model with one state dimension per layer, in float32, on the CPU.
+
+    `place` may take each mixer elsewhere before the next is made, so that not all of them need to be here at once.
+    """
     assert len(state_dims) == config.n_layers
-    mixers = [build_mixer(config, layer, dim) for layer, dim in enumerate(state_dims)]
+    mixers = []
+    for layer, dim in enumerate(state_dims):
+        mixers.append(build_mixer(config, layer, dim))
+        if place is not None:
+            place(mixers[-1])
     match task:
         case LanguageTask():
             return LanguageModel(task.vocab_size, config.d_model, mixers)

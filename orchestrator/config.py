@@ -45,6 +45,7 @@ class TrainConfig(_Part):
 
     steps: int = Field(ge=1, description="Optimizer steps of the whole run.")
     batch_size: int = Field(ge=1, description="Sequences per step, over all workers together.")
+    accumulation: int = Field(1, ge=1, description="Parts in which a worker computes its share of a batch.")
     lr: float = Field(gt=0, description="Peak learning rate of AdamW.")
     ssm_lr_factor: float = Field(1.0, gt=0, description="Learning rate of state-space parameters as a multiple.")
     warmup: float = Field(0.1, ge=0, le=1, description="Share of the steps with a rising learning rate.")
@@ -121,11 +122,20 @@ class ClusterConfig(_Part):
     workers: int = Field(1, ge=1, description="Ray Train workers.")
     cpus_per_worker: int = Field(1, ge=1, description="CPU cores, and threads, per worker.")
     use_gpu: bool = Field(False, description="One GPU per worker.")
-    zero_stage: Literal[1, 2] = Field(2, description="DeepSpeed ZeRO stage.")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        2, description="What DeepSpeed spreads over the workers: 1 optimizer, 2 also gradients, 3 also parameters."
+    )
+    offload_optimizer: bool = Field(False, description="Keep masters and Adam's moments in host memory (ZeRO 1 to 3).")
     scan: Literal["auto", "torch", "cpu", "triton", "mamba_ssm"] = Field(
         "auto", description="What computes recurrences: torch, C++ on CPUs, Triton or mamba_ssm on GPUs."
     )
     timeout_s: int = Field(300, ge=1, le=86400, description="How long workers wait for each other, in seconds.")
+
+    @model_validator(mode="after")
+    def _something_to_offload(self) -> ClusterConfig:
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer true needs zero_stage 1, 2 or 3; here it must be false")
+        return self
 
     @model_validator(mode="after")
     def _kernels_fit_the_device(self) -> ClusterConfig:
@@ -165,9 +175,11 @@ class RunConfig(_Part):
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
-        if self.train.batch_size % self.cluster.workers:
+        train, workers = self.train, self.cluster.workers
+        if train.batch_size % (workers * train.accumulation):
+            times = f" times train.accumulation {train.accumulation}" if train.accumulation > 1 else ""
             raise ValueError(
-                f"train.batch_size {self.train.batch_size} must be a multiple of cluster.workers {self.cluster.workers}"
+                f"train.batch_size {train.batch_size} must be a multiple of cluster.workers {workers}{times}"
             )
         if self.truncation is not None:
             self._check_reduction(self.truncation)
@@ -254,6 +266,7 @@ RESUMABLE = (
     "data_root",
     "cluster",
     "tracking",
+    "train.accumulation",
     "train.activation_checkpointing",
     "train.eval_every",
     "train.log_every",

@@ -24,7 +24,7 @@ from orchestrator.config import RunConfig, TrainConfig
 from orchestrator.data.batches import Batch
 from orchestrator.group import Group
 from orchestrator.sharded_state import ShardedState, States, parameter_groups
-from orchestrator.zero import avoid_impossible_builds, create_optimizer_state, read_state, write_state
+from orchestrator.zero import EngineState, avoid_impossible_builds, forget_engines, gathered, partition, whole_shape
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:
@@ -38,7 +38,7 @@ def learning_rate(step: int, train: TrainConfig) -> float:
 
 
 class Engine:
-    """One model under ZeRO on this worker. Every method but `checksum` counts on all workers calling it."""
+    """One model under ZeRO on this worker. Every method counts on all workers calling it."""
 
     def __init__(self, config: RunConfig, task: Task, state_dims: Sequence[int], group: Group) -> None:
         self._config = config
@@ -52,11 +52,13 @@ class Engine:
         lr = learning_rate(step, self._config.train)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
-        batch = batch.to(self._group.device)
-        loss = self._model.loss(self._engine(batch.inputs), batch.targets)
-        self._engine.backward(loss)
-        self._engine.step()
-        return loss.detach()
+        losses = []
+        for part in batch.to(self._group.device).split(self._config.train.accumulation):
+            loss = self._model.loss(self._engine(part.inputs), part.targets)
+            self._engine.backward(loss)
+            self._engine.step()  # the optimizer's at the last part only
+            losses.append(loss.detach())
+        return torch.stack(losses).mean()
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
@@ -67,9 +69,10 @@ class Engine:
             batch = batch.to(self._group.device)
             logits = self._engine(batch.inputs)
             n = int((batch.targets != NOT_ASKED).sum())
-            loss = float(self._model.loss(logits, batch.targets)) * n
-            correct = float((logits.argmax(-1) == batch.targets).sum())
-            totals += torch.tensor([loss, correct, n], dtype=torch.float64)
+            if n > 0:
+                loss = float(self._model.loss(logits, batch.targets)) * n
+                correct = float((logits.argmax(-1) == batch.targets).sum())
+                totals += torch.tensor([loss, correct, n], dtype=torch.float64)
         self._engine.train()
         loss, correct, n = self._group.sum(totals).tolist()
         metrics = {"val_loss": loss / n}
@@ -85,8 +88,13 @@ class Engine:
             mixer.start_statistics()
         if any(mixer.statistics_need_tokens for mixer in mixers):
             for batch in batches:
-                self._engine(batch.inputs.to(self._group.device))
-        return [mixer.finish_statistics() for mixer in mixers]
+                for part in batch.split(self._config.train.accumulation):
+                    self._engine(part.inputs.to(self._group.device))
+        found = []
+        for mixer in mixers:
+            with gathered(mixer.parameters()):
+                found.append(mixer.finish_statistics())
+        return found
 
     def certify(self, plan: TruncationPlan, batches: Iterable[Batch]) -> tuple[TruncationPlan, dict[str, float]]:
         """What the cut does to each layer's output on these batches, and `evaluate`'s metrics of the uncut model.
@@ -96,15 +104,16 @@ class Engine:
         mixers = self._model.mixers()
         squares = torch.zeros(2, len(mixers), dtype=torch.float64)  # of the change, and of the output
 
-        def compare(layer: int, smaller: TruncatableLayer) -> RemovableHandle:
+        def compare(cut: LayerPlan) -> RemovableHandle:
             def hook(_: nn.Module, inputs: tuple[Tensor], out_BLM: Tensor) -> None:
-                change_BLM = smaller(*inputs).float() - out_BLM.float()
+                # Made for every batch anew: one smaller layer at a time, however many there are.
+                change_BLM = self._shrunk(cut)(*inputs).float() - out_BLM.float()
                 for row, part in enumerate((change_BLM, out_BLM.float())):
-                    squares[row, layer] += float(part.square().sum(dtype=torch.float64))
+                    squares[row, cut.layer] += float(part.square().sum(dtype=torch.float64))
 
-            return mixers[layer].register_forward_hook(hook)
+            return mixers[cut.layer].register_forward_hook(hook)
 
-        hooks = [compare(cut.layer, self._shrunk(cut)) for cut in plan.layers if cut.reduction is not None]
+        hooks = [compare(cut) for cut in plan.layers if cut.reduction is not None]
         metrics = self.evaluate(batches)
         for handle in hooks:
             handle.remove()
@@ -128,14 +137,15 @@ class Engine:
         return self._read(None)
 
     def load(self, state: ShardedState) -> None:
-        write_state(self._model, self._engine.optimizer, state, self._group)
+        self._state.write(state, self._group)
 
     def checksum(self) -> str:
-        """SHA-256 of all parameters as this worker has them."""
+        """SHA-256 of all parameters as this worker computes with them; collective."""
         digest = hashlib.sha256()
         for name, parameter in self._model.named_parameters():
             digest.update(name.encode())
-            digest.update(parameter.detach().cpu().numpy().tobytes())
+            with gathered([parameter]):
+                digest.update(parameter.detach().cpu().numpy().tobytes())
         return digest.hexdigest()
 
     @property
@@ -145,7 +155,7 @@ class Engine:
 
     @property
     def parameter_count(self) -> int:
-        return sum(parameter.numel() for parameter in self._model.parameters())
+        return sum(whole_shape(parameter).numel() for parameter in self._model.parameters())
 
     @property
     def state_dims(self) -> list[int]:
@@ -154,31 +164,38 @@ class Engine:
     def close(self) -> None:
         """Release the engine and all that it holds."""
         self._engine.destroy()
-        del self._engine, self._model
+        del self._engine, self._model, self._state
+        forget_engines()
         # Engine, optimizer and parameters refer to each other in circles (DeepSpeed issue 7204).
         gc.collect()
 
     def _shrunk(self, cut: LayerPlan) -> TruncatableLayer:
         """One layer as the plan would leave it."""
         mixer = self._model.mixers()[cut.layer]
-        states = {name: ParameterState.fresh(parameter.detach()) for name, parameter in mixer.named_parameters()}
-        smaller = build_mixer(self._config.model, cut.layer, cut.dim_after).to(self._group.device)
-        smaller.load_state_dict({name: state.value for name, state in mixer.shrink(cut, states).items()})
+        with torch.device("meta"):
+            smaller = build_mixer(self._config.model, cut.layer, cut.dim_after)
+        with gathered(mixer.parameters()):
+            states = {name: ParameterState.fresh(parameter.detach()) for name, parameter in mixer.named_parameters()}
+            shrunk = {name: state.value.clone() for name, state in mixer.shrink(cut, states).items()}
+        smaller.load_state_dict(shrunk, assign=True)
         return smaller
 
     def _build(self, state_dims: Sequence[int]) -> None:
+        settings = _deepspeed_config(self._config)
+
+        def place(mixer: TruncatableLayer) -> None:
+            partition(mixer.to(self._group.device), settings)
+
         torch.manual_seed(self._config.seed)
-        self._model: SequenceModel = build_model(self._config.model, self._task, state_dims).to(self._group.device)
+        self._model: SequenceModel = build_model(self._config.model, self._task, state_dims, place)
+        self._model.to(self._group.device)
         train = self._config.train
         self._model.backbone.activation_checkpointing = train.activation_checkpointing
         optimizer = torch.optim.AdamW(_optimizer_groups(self._model, train), lr=train.lr, betas=train.betas)
         self._engine, *_ = deepspeed.initialize(
-            model=self._model,
-            optimizer=optimizer,
-            config=_deepspeed_config(self._config),
-            dist_init_required=False,
+            model=self._model, optimizer=optimizer, config=settings, dist_init_required=False
         )
-        create_optimizer_state(self._engine.optimizer)
+        self._state = EngineState(self._engine, {type(mixer) for mixer in self._model.mixers()})
 
     def _read(self, plan: TruncationPlan | None) -> ShardedState:
         layers = {f"backbone.layers.{i}.mixer.": i for i in range(len(self.state_dims))}
@@ -196,7 +213,7 @@ class Engine:
             return {prefix + name: state for name, state in kept.items()}
 
         groups = parameter_groups(self._model, layers)
-        return read_state(self._model, self._engine.optimizer, groups, shrink, self._group)
+        return self._state.read(groups, shrink, self._group)
 
 
 def _optimizer_groups(model: SequenceModel, train: TrainConfig) -> list[dict[str, Any]]:
@@ -207,31 +224,36 @@ def _optimizer_groups(model: SequenceModel, train: TrainConfig) -> list[dict[str
         for name, parameter in mixer.named_parameters()
         if name in mixer.ssm_parameters
     }
-    plain = [p for p in model.parameters() if id(p) not in space]
+    state_space = [p for p in model.parameters() if id(p) in space]
+    others = [p for p in model.parameters() if id(p) not in space]
+    matrices = [p for p in others if len(whole_shape(p)) >= 2]
+    vectors = [p for p in others if len(whole_shape(p)) < 2]
     groups = [
-        {"params": [p for p in plain if p.ndim >= 2], "weight_decay": train.weight_decay, "lr_factor": 1.0},
-        {"params": [p for p in plain if p.ndim < 2], "weight_decay": 0.0, "lr_factor": 1.0},
-        {
-            "params": [p for p in model.parameters() if id(p) in space],
-            "weight_decay": 0.0,
-            "lr_factor": train.ssm_lr_factor,
-        },
+        {"params": matrices, "weight_decay": train.weight_decay, "lr_factor": 1.0},
+        {"params": vectors, "weight_decay": 0.0, "lr_factor": 1.0},
+        {"params": state_space, "weight_decay": 0.0, "lr_factor": train.ssm_lr_factor},
     ]
     return [group for group in groups if group["params"]]
 
 
 def _deepspeed_config(config: RunConfig) -> dict[str, Any]:
+    train, cluster = config.train, config.cluster
+    zero: dict[str, Any] = {"stage": cluster.zero_stage}
+    if cluster.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cluster.use_gpu}
     return {
-        "train_micro_batch_size_per_gpu": config.train.batch_size // config.cluster.workers,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.train.grad_clip,
-        "zero_optimization": {"stage": config.cluster.zero_stage},
+        "train_micro_batch_size_per_gpu": train.batch_size // cluster.workers // train.accumulation,
+        "gradient_accumulation_steps": train.accumulation,
+        "gradient_clipping": train.grad_clip,
+        "zero_optimization": zero,
         # No module's gradients are rounded on their way between the workers.
         "torch_autocast": {
-            "enabled": config.train.precision == "bfloat16",
+            "enabled": train.precision == "bfloat16",
             "dtype": "bfloat16",
             "lower_precision_safe_modules": [],
         },
+        # torch's AdamW everywhere, so that moments mean the same at every stage.
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }

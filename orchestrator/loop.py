@@ -187,8 +187,8 @@ class Worker:
 
     def _held_out(self) -> Iterator[Batch]:
         train, group = self.config.train, self.group
-        seq_len = self.config.seq_len
-        return validation_batches(self.data, seq_len, train.batch_size, train.eval_batches, group.rank, group.size)
+        size, batches = train.batch_size // train.accumulation, train.eval_batches * train.accumulation
+        return validation_batches(self.data, self.config.seq_len, size, batches, group.rank, group.size)
 
     def _evaluate(self) -> dict[str, float]:
         return self.engine.evaluate(self._held_out())

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
+import torch
 import torch.distributed as dist
 
 from models.scan import backends, extension
@@ -75,6 +77,38 @@ def alone() -> Iterator[ProcessPoolExecutor]:
         pool.submit(int).result()  # starts the process, which keeps these settings for itself
     with pool:
         yield pool
+
+
+Pair = Callable[..., list[Any]]
+
+
+def _join(rank: int, store: str) -> None:
+    os.environ["LOCAL_RANK"] = str(rank)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """Two processes for real engines of two workers: runs a function of the rank on both, and gives both results."""
+    store = tmp_path_factory.mktemp("pair") / "store"
+    spawn = multiprocessing.get_context("spawn")
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        pools = [ProcessPoolExecutor(1, spawn, _join, (rank, str(store))) for rank in range(2)]
+        for pool in pools:
+            stack.enter_context(pool)
+
+        def both(function: Callable[..., Any], *arguments: Any) -> list[Any]:
+            futures = [pool.submit(function, rank, *arguments) for rank, pool in enumerate(pools)]
+            return [future.result() for future in futures]
+
+        both(_rank)  # both have joined, and keep these settings
+        yield both
+
+
+def _rank(rank: int) -> int:
+    return rank
 
 
 @pytest.fixture(params=["torch", "cpu"])

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from models.heads import NOT_ASKED
 from orchestrator.data import arrow
 from orchestrator.errors import UserError
 
@@ -32,6 +33,14 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         return Batch(self.inputs.to(device), self.targets.to(device))
+
+    def split(self, parts: int) -> list[Batch]:
+        """Equal parts, in order."""
+        return [Batch(*part) for part in zip(self.inputs.chunk(parts), self.targets.chunk(parts), strict=True)]
+
+    def unasked(self) -> Batch:
+        """The same inputs, of which nothing counts."""
+        return Batch(self.inputs, torch.full_like(self.targets, NOT_ASKED))
 
 
 class _TokenWindows:
@@ -135,11 +144,14 @@ class TrainBatches:
 def validation_batches(
     folder: Path, seq_len: int | None, batch_size: int, n_batches: int, rank: int, world_size: int
 ) -> Iterator[Batch]:
-    """This worker's rows of at most `n_batches` batches, spread evenly over the held-out split."""
+    """This worker's rows of at most `n_batches` batches, spread evenly over the held-out split.
+
+    Every worker gets as many batches: ZeRO-3 needs all of them for a forward pass. Where there are fewer rows than
+    workers, those without get a row of which nothing counts.
+    """
     data = _open(folder, "val", seq_len)
     count = min(data.length, n_batches * batch_size)
     rows = np.linspace(0, data.length, count, endpoint=False).astype(np.int64)
     for first in range(0, count, batch_size):
         own = rows[first : first + batch_size][rank::world_size]
-        if len(own):
-            yield data.take(own)
+        yield data.take(own) if len(own) else data.take(rows[:1]).unasked()
