@@ -19,6 +19,7 @@ from pydantic import (
     Field,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -116,10 +117,39 @@ class TruncationConfig(_Part):
         return timing.probe_steps(total_steps)
 
 
+class Workers(_Part):
+    """A number of workers, or as many between `min` and `max` as there is room for at the time."""
+
+    min: int = Field(ge=1, description="Fewest workers to train with.")
+    max: int = Field(ge=1, description="Most workers to train with.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_number(cls, raw: Any) -> Any:
+        if isinstance(raw, int) and not isinstance(raw, bool):
+            return {"min": raw, "max": raw}
+        if not isinstance(raw, dict | Workers):
+            raise ValueError(f"{raw!r} must be a number, or two as in {{min: 1, max: 4}}")
+        return raw
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Workers:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} must not be more than max {self.max}")
+        return self
+
+    @model_serializer
+    def _as_it_is_written(self) -> int | dict[str, int]:
+        return self.min if self.min == self.max else {"min": self.min, "max": self.max}
+
+    def __str__(self) -> str:
+        return str(self.min) if self.min == self.max else f"{self.min} to {self.max}"
+
+
 class ClusterConfig(_Part):
     """What the run occupies."""
 
-    workers: int = Field(1, ge=1, description="Ray Train workers.")
+    workers: Workers = Field(Workers(min=1, max=1), description="Ray Train workers: a number, or min and max.")
     cpus_per_worker: int = Field(1, ge=1, description="CPU cores, and threads, per worker.")
     use_gpu: bool = Field(False, description="One GPU per worker.")
     zero_stage: Literal[0, 1, 2, 3] = Field(
@@ -175,11 +205,11 @@ class RunConfig(_Part):
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
-        train, workers = self.train, self.cluster.workers
-        if train.batch_size % (workers * train.accumulation):
+        train, workers = self.train, self.cluster.workers.max
+        if train.batch_size < workers * train.accumulation:
             times = f" times train.accumulation {train.accumulation}" if train.accumulation > 1 else ""
             raise ValueError(
-                f"train.batch_size {train.batch_size} must be a multiple of cluster.workers {workers}{times}"
+                f"train.batch_size {train.batch_size} must not be less than cluster.workers {workers}{times}"
             )
         if self.truncation is not None:
             self._check_reduction(self.truncation)

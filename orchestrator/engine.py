@@ -48,17 +48,22 @@ class Engine:
         self._build(state_dims)
 
     def step(self, batch: Batch, step: int) -> Tensor:
-        """One optimizer step (from 1) on this worker's rows; returns their mean loss, detached."""
+        """One optimizer step (from 1) on this worker's rows.
+
+        Returns their share in the loss, detached: the mean over the workers is the mean over the global batch.
+        """
         lr = learning_rate(step, self._config.train)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
-        losses = []
-        for part in batch.to(self._group.device).split(self._config.train.accumulation):
-            loss = self._model.loss(self._engine(part.inputs), part.targets)
+        train, share = self._config.train, torch.zeros((), device=self._group.device)
+        for part in batch.to(self._group.device).split(train.accumulation):
+            # DeepSpeed takes the mean over parts and workers, which may have a row more or less than others.
+            weight = len(part.targets) * train.accumulation * self._group.size / train.batch_size
+            loss = self._model.loss(self._engine(part.inputs), part.targets) * weight
             self._engine.backward(loss)
             self._engine.step()  # the optimizer's at the last part only
-            losses.append(loss.detach())
-        return torch.stack(losses).mean()
+            share += loss.detach() / train.accumulation
+        return share
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
@@ -242,7 +247,7 @@ def _deepspeed_config(config: RunConfig) -> dict[str, Any]:
     if cluster.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cluster.use_gpu}
     return {
-        "train_micro_batch_size_per_gpu": train.batch_size // cluster.workers // train.accumulation,
+        "train_micro_batch_size_per_gpu": 1,  # asked for, but it only multiplies this
         "gradient_accumulation_steps": train.accumulation,
         "gradient_clipping": train.grad_clip,
         "zero_optimization": zero,

@@ -114,12 +114,12 @@ def _worker(job: Job) -> None:
 
 
 def _trainer(config: RunConfig, job: Job) -> TorchTrainer:
-    cluster = config.cluster
+    cluster, workers = config.cluster, config.cluster.workers
     return TorchTrainer(
         _worker,
         train_loop_config=job,
         scaling_config=ScalingConfig(
-            num_workers=cluster.workers,
+            num_workers=workers.min if workers.min == workers.max else (workers.min, workers.max),
             use_gpu=cluster.use_gpu,
             resources_per_worker={"CPU": cluster.cpus_per_worker, "GPU": int(cluster.use_gpu)},
         ),

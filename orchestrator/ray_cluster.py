@@ -52,10 +52,10 @@ def _check_resources(config: RunConfig) -> None:
     may_have = ray._private.state.state.get_max_resources_from_cluster_config() or {}
     wanted = {"CPU": config.cluster.cpus_per_worker, "GPU": int(config.cluster.use_gpu)}
     for resource, per_worker in wanted.items():
-        need, most = per_worker * config.cluster.workers, max(has.get(resource, 0), may_have.get(resource, 0))
+        need, most = per_worker * config.cluster.workers.min, max(has.get(resource, 0), may_have.get(resource, 0))
         if need > most:
             raise UserError(
-                f"cluster.workers {config.cluster.workers} need {need} {resource}s ({per_worker} each), "
+                f"cluster.workers {config.cluster.workers.min} need {need} {resource}s ({per_worker} each), "
                 f"but the cluster has {most:g}"
             )
 

@@ -41,7 +41,7 @@ def write_summary(
     summary = {
         "name": folder.name,
         "model": config.model.kind,
-        "workers": config.cluster.workers,
+        "workers": str(config.cluster.workers),
         "zero_stage": config.cluster.zero_stage,
         "steps": config.train.steps,
         "initial_dims": initial,

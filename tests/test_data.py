@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from models.heads import NOT_ASKED
 from orchestrator.data import arrow
 from orchestrator.data.batches import Batch, TrainBatches, validation_batches
 from orchestrator.data.recall import Recall
@@ -36,7 +37,7 @@ def rows(folder: Path, seq_len: int | None, step: int, rank: int = 0, workers: i
 
 
 @pytest.mark.parametrize(("kind", "seq_len"), [("text", 32), ("digits", None), ("recall", 20)])
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("workers", [2, 3, 5])
 def test_any_number_of_workers_sees_the_same_batches(
     kind: str, seq_len: int | None, workers: int, request: pytest.FixtureRequest
 ) -> None:
@@ -54,12 +55,19 @@ def test_validation_rows_are_the_same_on_any_number_of_workers(
 ) -> None:
     folder = request.getfixturevalue(kind)
 
-    def fingerprints(rank: int, workers: int) -> list[bytes]:
-        batches = validation_batches(folder, seq_len, 10, 5, rank, workers)
-        return [row.numpy().tobytes() for batch in batches for row in batch.inputs]
+    def share(rank: int, workers: int) -> list[Batch]:
+        return list(validation_batches(folder, seq_len, 10, 5, rank, workers))
 
-    shared = [*fingerprints(0, 2), *fingerprints(1, 2)]
-    assert sorted(fingerprints(0, 1)) == sorted(shared)
+    def fingerprints(batches: list[Batch]) -> list[bytes]:
+        """Of the rows in which something counts."""
+        pairs = [pair for batch in batches for pair in zip(batch.inputs, batch.targets, strict=True)]
+        return [row.numpy().tobytes() for row, targets in pairs if bool((targets != NOT_ASKED).any())]
+
+    alone = fingerprints(share(0, 1))
+    for workers in (2, 7, 12):
+        shares = [share(rank, workers) for rank in range(workers)]
+        assert len({len(batches) for batches in shares}) == 1  # all take part in every forward pass
+        assert sorted(alone) == sorted(row for batches in shares for row in fingerprints(batches))
 
 
 def test_steps_can_be_taken_in_any_order(text: Path) -> None:

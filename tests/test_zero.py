@@ -25,7 +25,7 @@ from tests.plans import cut_of
 
 pytestmark = pytest.mark.cluster
 TASK = ClassificationTask(n_features=3, n_classes=5)
-STEPS, CUTS, BATCH, LENGTH = 6, (2, 4), 8, 20
+STEPS, CUTS, BATCH, LENGTH = 6, (2, 4), 9, 20  # one row more for the first worker
 # Odd sizes, so that no parameter divides evenly between two ranks.
 MODELS: dict[str, dict[str, Any]] = {
     "mamba": {"kind": "mamba", "n_layers": 2, "d_model": 9, "d_state": 16},
@@ -64,7 +64,7 @@ def train(rank: int, config: RunConfig) -> tuple[list[float], Moments, list[str]
     """
     from orchestrator.engine import Engine
 
-    group = Group(rank, config.cluster.workers, torch.device("cpu"))
+    group = Group(rank, config.cluster.workers.max, torch.device("cpu"))
     engine = Engine(config, TASK, config.model.state_dims, group)
     losses, plans = [], []
     for step in range(1, STEPS + 1):

@@ -35,8 +35,9 @@ class Batch:
         return Batch(self.inputs.to(device), self.targets.to(device))
 
     def split(self, parts: int) -> list[Batch]:
-        """Equal parts, in order."""
-        return [Batch(*part) for part in zip(self.inputs.chunk(parts), self.targets.chunk(parts), strict=True)]
+        """So many parts, in order, of sizes that differ by one at most."""
+        parted = zip(self.inputs.tensor_split(parts), self.targets.tensor_split(parts), strict=True)
+        return [Batch(*part) for part in parted]
 
     def unasked(self) -> Batch:
         """The same inputs, of which nothing counts."""
@@ -111,12 +112,11 @@ class TrainBatches:
     def __init__(
         self, folder: Path, seq_len: int | None, batch_size: int, seed: int, rank: int, world_size: int
     ) -> None:
-        assert batch_size % world_size == 0, "checked against the config before anything started"
+        assert batch_size >= world_size, "checked against the config before anything started"
         self._data = _open(folder, "train", seq_len)
         self._batch_size = batch_size
         self._seed = seed
-        rows = batch_size // world_size
-        self._own = slice(rank * rows, (rank + 1) * rows)
+        self._own = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
         self._orders: dict[int, NDArray[np.int64]] = {}
 
     @property
