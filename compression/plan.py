@@ -70,7 +70,7 @@ class LayerPlan:
     dim_after: int
     reduction: Reduction | None
     spectrum: tuple[float, ...]
-    """All HSVs, or what the score takes for them, in descending order."""
+    """All HSVs in descending order, whatever score ranked the states."""
     order: tuple[int, ...]
     """States in the order in which they would be kept; empty where states are combined instead of chosen."""
     mass_kept: float

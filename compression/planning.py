@@ -52,13 +52,14 @@ class Occasion:
 class Submission:
     """What an owner tells of a layer before anything is decided."""
 
+    hsv: tuple[float, ...]
     sigma: tuple[float, ...]
     order: tuple[int, ...]
     channels: int
 
     @classmethod
     def of(cls, solution: Solution) -> Submission:
-        return cls(tuple(solution.sigma_N.tolist()), solution.order, solution.channels)
+        return cls(tuple(solution.hsv_N.tolist()), tuple(solution.sigma_N.tolist()), solution.order, solution.channels)
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def decide(
     decisions = []
     for index, (layer, (rank, reason)) in enumerate(zip(layers, ranks, strict=True)):
         before = previous.layers[index] if previous else None
-        drift, common = _movement(layer, rank, before)
+        drift, common = _movement(layer, rank, before, rule)
         quiet = 0
         if rule.stable is not None and rule.stable.is_quiet(drift, common):
             quiet = 1 + (before.quiet if before else 0)
@@ -105,16 +106,20 @@ def decide(
     return decisions if rule.stable is None else _wait(decisions, spectra, rule.stable, rule.target, occasion)
 
 
-def _movement(layer: Submission, rank: int, before: LayerPlan | None) -> tuple[float | None, float | None]:
-    """Drift of the spectrum and overlap of the kept states since the last probe."""
+def _movement(layer: Submission, rank: int, before: LayerPlan | None, rule: Rule) -> tuple[float | None, float | None]:
+    """Drift of the HSVs and overlap of the kept states since the last probe.
+
+    Greedy elimination takes one of several states that can stand for each other, now this one and now that: which
+    ones it keeps says nothing, so their overlap is not known.
+    """
     if before is None or not before.spectrum:
         return None, None
     order = before.order
     if isinstance(before.reduction, StateSelection):
         place = {state: i for i, state in enumerate(before.reduction.kept)}
         order = tuple(place[state] for state in order if state in place)
-    common = overlap(order, layer.order, rank) if order else None
-    return spectrum_drift(before.spectrum, layer.sigma), common
+    common = overlap(order, layer.order, rank) if order and rule.score != "greedy" else None
+    return spectrum_drift(before.spectrum, layer.hsv), common
 
 
 def _wait(
@@ -150,7 +155,7 @@ def layer_plan(layer: int, solution: Solution, decision: Decision) -> LayerPlan:
         dim_before=dim,
         dim_after=rank,
         reduction=reduction,
-        spectrum=tuple(solution.sigma_N.tolist()),
+        spectrum=tuple(solution.hsv_N.tolist()),
         order=solution.order,
         mass_kept=min(1.0, float(solution.own_N[:rank].sum()) / total) if reduction is not None and total > 0 else 1.0,
         drift=decision.drift,

@@ -34,8 +34,10 @@ class Outcome:
 class Solution(ABC):
     """What an owner knows of a layer once its Gramians are solved."""
 
+    hsv_N: Tensor
+    """The layer's HSVs, float64, descending, whatever it is that ranks states."""
     sigma_N: Tensor
-    """The spectrum, float64, descending."""
+    """The spectrum that decides how many states are kept, float64, descending; the HSVs unless a score has its own."""
     own_N: Tensor
     """The same in the order in which states are kept: ablations do not begin with the largest."""
     order: tuple[int, ...] = ()
@@ -70,6 +72,7 @@ class ChosenStates(Solution):
 
     def __init__(self, moments: SelectiveMoments, score: Score, compensate: bool, seed: int) -> None:
         ranking = rank_states(moments, score, seed)
+        self.hsv_N = rank_states(moments, "hankel", seed).sigma_N
         self.sigma_N, self.own_N, self.order = ranking.sigma_N, ranking.own_N, tuple(ranking.order_N.tolist())
         self.channels = moments.d_inner
         self._moments, self._compensate = moments, compensate
@@ -84,7 +87,7 @@ class _Balanced(Solution):
     """Balanced coordinates, of which the largest are kept; the ablations keep others."""
 
     def __init__(self, balancing: Balancing, score: Score, seed: int) -> None:
-        self.sigma_N = balancing.sigma_N
+        self.hsv_N = self.sigma_N = balancing.sigma_N
         self._balancing = balancing
         # Coordinates below rounding cannot be computed.
         count = balancing.numerical_rank
