@@ -77,8 +77,8 @@ REFERENCES = [Variant("full size"), Variant("8 from scratch", model={"d_state": 
 PLAIN = ["hankel", "ghost", "averaged", "magnitude", "smallest", "random"]
 SCORES: dict[str, list[Variant]] = {
     "mamba": [
-        *(_cut(score, score=score) for score in PLAIN),
-        *(_cut(f"{score} + compensation", score=score, compensate=True) for score in ("hankel", "ghost", "greedy")),
+        *(_cut(score, score=score, compensate=False) for score in PLAIN),
+        *(_cut(f"{score} + compensation", score=score, compensate=True) for score in [*PLAIN, "greedy"]),
     ],
     "mamba2": [
         *(_cut(score, score=score) for score in [*PLAIN, "greedy"]),
