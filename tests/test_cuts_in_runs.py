@@ -106,7 +106,7 @@ def test_a_settled_ranking_is_cut_and_a_resumed_run_knows_how_long_it_has_been_q
     assert summary["final_dims"] == [4, 4]
     rows = {row["step"]: row for row in read_metrics(folder)}
     assert 0 <= rows[4]["hsv_drift_00"] <= 0.9
-    assert 0 <= rows[6]["kept_overlap_01"] <= 1
+    assert "kept_overlap_01" not in rows[6]  # greedy's costs bound no change of its selection
     plan = last_plan(folder, 12)
     assert plan is not None
     assert all("quiet for 2 probes" in layer.reason for layer in plan.layers)

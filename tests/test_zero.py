@@ -222,10 +222,16 @@ def resident_mib() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+def return_freed_memory_at_once() -> None:
+    """Map every tensor of 64 KiB or more by itself (glibc's M_MMAP_THRESHOLD): what is resident is then in use."""
+    assert ctypes.CDLL(None).mallopt(-3, 2**16) == 1
+
+
 def reshape_often(rank: int, config: RunConfig) -> list[float]:
     """Resident memory after each of 30 cuts, each with a step before it."""
     from orchestrator.engine import Engine
 
+    return_freed_memory_at_once()
     engine = Engine(config, TASK, config.model.state_dims, Group(rank, 2, torch.device("cpu")))
     resident = []
     for step in range(1, 31):
@@ -251,6 +257,7 @@ def peak_of_a_cut(rank: int, config: RunConfig) -> tuple[float, float]:
     """How many MiB a cut adds to the resident memory at its peak, and how large the whole state is."""
     from orchestrator.engine import Engine
 
+    return_freed_memory_at_once()
     engine = Engine(config, TASK, config.model.state_dims, Group(rank, 2, torch.device("cpu")))
     engine.step(batch_at(1).split(2)[rank], 1)
     before = resident_mib()
@@ -264,12 +271,12 @@ def peak_of_a_cut(rank: int, config: RunConfig) -> tuple[float, float]:
 
 
 def test_under_zero_3_a_cut_holds_one_layer_at_a_time(pair: Pair) -> None:
-    """Beside the half of the new state that a rank keeps: a layer before and after, its messages and the allocator's.
+    """Beside the half of the new state that a rank keeps: a layer as it was, and as it becomes.
 
-    With all layers at a time it would be three times as much.
+    With all layers read at once it would be 2.4 times what is allowed.
     """
     config = config_of("mamba", cluster={"zero_stage": 3})
     layers = 16
     model = config.model.model_copy(update={"d_model": 384, "n_layers": layers})
     for peak, whole in pair(peak_of_a_cut, config.model_copy(update={"model": model})):
-        assert peak <= whole / 2 + 4 * whole / layers
+        assert peak <= whole / 2 + 2 * whole / layers
