@@ -137,18 +137,23 @@ def verify(path: Folder) -> Manifest:
     """The manifest of a checkpoint whose files are all as they were written.
 
     Raises:
-        UserError: names the file that is missing or damaged.
+        UserError: names the file that is missing, unreadable or damaged.
     """
     manifest = read_manifest(path)
+
+    def check(shard: Shard) -> None:
+        file = path / shard.file
+        try:
+            digest = path.sha256(shard.file)
+        except OSError as error:
+            raise UserError(f"checkpoint shard {file} is unreadable: {reason(error)}") from error
+        if digest is None:
+            raise UserError(f"checkpoint shard {file} is missing")
+        if digest != shard.sha256:
+            raise UserError(f"checkpoint shard {file} is damaged; delete {path} to resume from the one before")
+
     with ThreadPoolExecutor(_READERS, thread_name_prefix="verify") as pool:
-        digests = pool.map(path.sha256, (shard.file for shard in manifest.shards))
-        for shard, digest in zip(manifest.shards, digests, strict=True):
-            if digest is None:
-                raise UserError(f"checkpoint shard {path / shard.file} is missing")
-            if digest != shard.sha256:
-                raise UserError(
-                    f"checkpoint shard {path / shard.file} is damaged; delete {path} to resume from the one before"
-                )
+        list(pool.map(check, manifest.shards))
     return manifest
 
 

@@ -163,7 +163,7 @@ class Worker:
         if guard is not None and self.watch is None:
             self.watch = Watch(step=self.step, before=before[guard.metric], evaluations_left=guard.patience + 1)
             self.val_loss = before["val_loss"]
-            self._write_checkpoint(checkpoint.at(self.uncut, self.step), after_cut=False)
+            self._write_checkpoint(self.uncut, after_cut=False)
         started = time.perf_counter()
         self.engine.reshape(plan)
         self.group.prove_equal(f"the parameters after the cut at step {self.step}", self.engine.checksum())
@@ -228,9 +228,9 @@ class Worker:
         """Back to right before the cut: weights, moments, dimensions and data position, which is the step."""
         self.writer.wait()
         self.group.barrier()  # rank 0 has waited for the whole checkpoint
-        path = checkpoint.at(self.uncut, step)
-        manifest = checkpoint.verify(path)
-        self.engine.restore(manifest.state_dims, checkpoint.load(path, manifest, self.group))
+        manifest = checkpoint.verify(self.uncut)
+        assert manifest.step == step, f"the checkpoint before the cut is of step {manifest.step}, not {step}"
+        self.engine.restore(manifest.state_dims, checkpoint.load(self.uncut, manifest, self.group))
         self.step, self.watch, self.val_loss = step, None, manifest.val_loss
         self.truncations = [replace(cut, rolled_back=cut.step >= step) for cut in self.truncations]
         self._save(after_cut=False)

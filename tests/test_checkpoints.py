@@ -26,11 +26,11 @@ import pytest
 import torch
 
 from compression.moments import ParameterState
-from orchestrator import checkpoint
+from orchestrator import checkpoint, launch
 from orchestrator.checkpoint import MANIFEST, CheckpointError, Manifest
 from orchestrator.checkpoint_writer import Writer
 from orchestrator.config import CheckpointsConfig, ClusterConfig, parse_config
-from orchestrator.errors import UserError
+from orchestrator.errors import TrainingError, UserError
 from orchestrator.filesystem import Folder
 from orchestrator.group import Group
 from orchestrator.retention import kept, prune
@@ -409,6 +409,69 @@ def test_storage_that_cannot_be_used_is_refused_in_one_sentence(
     assert "\n" not in str(refused.value)
     assert "secret" not in str(refused.value)
     assert not Path(small_run["storage"]).exists()
+
+
+# What must not be loaded to use a model; importing any of it fails there.
+LOADED_ALONE = """
+import sys
+sys.modules |= dict.fromkeys(["ray", "deepspeed", "mlflow"])
+from orchestrator.inference import load_model
+print(load_model(sys.argv[1]).state_dims, load_model(sys.argv[2]).state_dims)
+"""
+
+
+@pytest.mark.cluster
+def test_a_run_keeps_its_checkpoints_on_s3_resumes_there_and_is_loaded_from_there(
+    server: Server, small_run: dict[str, Any], tmp_path: Path
+) -> None:
+    """Through the command, as a person starts it; the model without Ray, DeepSpeed or MLflow."""
+    small_run["checkpoints"] = {"storage": f"{server.uri}", "keep_last": 1, "keep_best": 0}
+    path, run = tmp_path / "small.yaml", Path(small_run["storage"]) / "small"
+    path.write_text(json.dumps(small_run))
+
+    def command(*arguments: str) -> str:
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=400, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    rayduce = str(Path(sys.executable).with_name("rayduce"))
+    output = command(rayduce, "train", str(path))
+    folder = Folder.of(server.uri, "place") / "small"
+    assert checkpoint.steps(folder) == [3, 7, 12], "both cuts and the last"
+    assert f"checkpoint  {checkpoint.at(folder, 12)}" in output
+    ended = checkpoint.load_values(checkpoint.at(folder, 12), checkpoint.verify(checkpoint.at(folder, 12)))
+
+    checkpoint.delete(checkpoint.at(folder, 12))
+    command(rayduce, "train", str(path), "--resume")
+    again = checkpoint.load_values(checkpoint.at(folder, 12), checkpoint.verify(checkpoint.at(folder, 12)))
+    assert all(torch.equal(again[name], value) for name, value in ended.items())
+
+    uri = server.uri.replace("checkpoints?", "checkpoints/small?")
+    assert command("-c", LOADED_ALONE, str(run), uri) == "[4, 4] [4, 4]\n"
+
+
+@pytest.mark.cluster
+def test_a_checkpoint_that_cannot_be_written_ends_the_training_in_one_sentence(
+    small_run: dict[str, Any], local_ray: None
+) -> None:
+    """The last one, whose write no step comes after."""
+    small_run["train"] |= {"steps": 6, "checkpoint_every": 100}
+    config = parse_config(small_run | {"truncation": None, "checkpoints": {"retry_s": 0}})
+    checkpoints = config.storage / config.name / "checkpoints"
+
+    def obstruct() -> None:
+        while not checkpoints.exists():
+            time.sleep(0.01)
+        (checkpoints / "step-00000006").write_text("no folder")
+
+    thread = threading.Thread(target=obstruct)
+    thread.start()
+    with pytest.raises(
+        TrainingError, match=r"CheckpointError: .*step-00000006 cannot be written: File exists"
+    ) as failed:
+        launch.train(config)
+    thread.join()
+    assert "\n" not in str(failed.value)
 
 
 def test_a_bucket_that_does_not_exist_is_refused(server: Server, small_run: dict[str, Any]) -> None:
