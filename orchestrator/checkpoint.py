@@ -1,7 +1,8 @@
-"""Checkpoints: every rank writes the parameters it owns as safetensors, rank 0 a JSON manifest.
+"""Checkpoints as they lie in storage: a safetensors shard per rank, and a JSON manifest that names them.
 
-A checkpoint is complete or absent: it is written into `<name>.partial` and renamed at the end. Whole parameters
-lie in the shards, so any number of workers can read them. There is no pickle anywhere.
+A checkpoint is complete or absent: it is complete once its manifest exists, which is written last and deleted first.
+Files that no manifest names do not count. Whole parameters lie in the shards, so any number of workers can read them.
+There is no pickle anywhere.
 """
 
 from __future__ import annotations
@@ -9,42 +10,52 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from compression.moments import ParameterState
 from orchestrator.errors import UserError
+from orchestrator.filesystem import Folder, reason
 from orchestrator.group import Group
 from orchestrator.guard import Watch
 from orchestrator.sharded_state import ShardedState, assign_owners
 
 MANIFEST = "manifest.json"
 _PARTS = ("value", "exp_avg", "exp_avg_sq")
+_READERS = 4
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or deleted; the others are intact."""
 
 
 class Shard(BaseModel):
-    """One rank's file. The pattern keeps a manifest from pointing outside its folder."""
+    """One rank's file. The pattern keeps a manifest from pointing outside its folder.
+
+    The last part of the name is drawn anew for every save: what an earlier one of this step left behind, complete or
+    not, is never written over and never taken for a part of this one.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    file: Annotated[str, Field(pattern=r"^shard-\d{5}-of-\d{5}\.safetensors$")]
+    file: Annotated[str, Field(pattern=r"^shard-\d{5}-of-\d{5}-[0-9a-f]{16}\.safetensors$")]
     sha256: str
 
 
 class Manifest(BaseModel):
     """What a checkpoint holds. `digest` is the SHA-256 of all other fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A loss that is not finite must come back as it was, or the digest would not match.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     step: int
     optimizer_step: int
     state_dims: list[int]
@@ -53,6 +64,10 @@ class Manifest(BaseModel):
     shards: list[Shard]
     truncations: list[dict[str, Any]]
     watch: Watch | None = None
+    val_loss: float | None
+    """On held-out data, as last measured."""
+    after_cut: bool
+    """Whether it was written right after a truncation."""
     config: dict[str, Any]
     data_sha256: str
     digest: str = ""
@@ -61,87 +76,88 @@ class Manifest(BaseModel):
         content = self.model_dump(mode="json", exclude={"digest"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-
-def save(
-    folder: Path,
-    step: int,
-    state: ShardedState,
-    state_dims: Sequence[int],
-    truncations: Sequence[dict[str, Any]],
-    watch: Watch | None,
-    config: dict[str, Any],
-    data_sha256: str,
-    group: Group,
-) -> Path:
-    """Write the checkpoint of `step` below `folder`; collective. Returns its path, the same on every rank."""
-    final = folder / f"step-{step:08d}"
-    partial = final.with_name(final.name + ".partial")
-    if group.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    group.barrier()
-    files = [f"shard-{rank:05d}-of-{group.size:05d}.safetensors" for rank in range(group.size)]
-    own = partial / files[group.rank]
-    tensors = {
-        f"{part}:{name}": tensor.contiguous()
-        for name, parameter in state.own.items()
-        for part, tensor in zip(_PARTS, parameter.tensors(), strict=True)
-    }
-    save_file(tensors, own)
-    digests = group.gather_digests(_sha256(own))
-    if group.rank == 0:
-        manifest = Manifest(
-            step=step,
-            optimizer_step=state.optimizer_step,
-            state_dims=list(state_dims),
-            shapes=state.shapes,
-            shard_of=state.owners,
-            shards=[Shard(file=file, sha256=digest) for file, digest in zip(files, digests, strict=True)],
-            truncations=list(truncations),
-            watch=watch,
-            config=config,
-            data_sha256=data_sha256,
-        )
-        manifest = manifest.model_copy(update={"digest": manifest.content_digest()})
-        (partial / MANIFEST).write_text(manifest.model_dump_json(indent=1))
-        shutil.rmtree(final, ignore_errors=True)  # without a manifest, or the run would have resumed from it
-        os.rename(partial, final)
-    group.barrier()
-    return final
+    def completed(self, shards: Sequence[Shard]) -> Manifest:
+        """With these shards and the digest of it all."""
+        manifest = self.model_copy(update={"shards": list(shards)})
+        return manifest.model_copy(update={"digest": manifest.content_digest()})
 
 
-def drop_after(folder: Path, step: int) -> None:
-    """Delete the complete checkpoints of later steps: what they hold has been taken back."""
-    while (path := newest(folder)) is not None and _step(path) > step:
-        shutil.rmtree(path)
+def shard_file(rank: int, workers: int, token: str) -> str:
+    return f"shard-{rank:05d}-of-{workers:05d}-{token}.safetensors"
 
 
-def newest(folder: Path) -> Path | None:
-    """The complete checkpoint of the highest step below `folder`."""
-    return max((path.parent for path in folder.glob(f"step-*/{MANIFEST}") if path.parent.suffix == ""), default=None)
+def serialized(states: Mapping[str, ParameterState]) -> bytes:
+    """The content of a shard."""
+    return save(
+        {
+            f"{part}:{name}": tensor.contiguous()
+            for name, parameter in states.items()
+            for part, tensor in zip(_PARTS, parameter.tensors(), strict=True)
+        }
+    )
 
 
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+def at(folder: Folder, step: int) -> Folder:
+    """Where the checkpoint of a step lies."""
+    return folder / f"step-{step:08d}"
 
 
-def verify(path: Path) -> Manifest:
+def steps(folder: Folder) -> list[int]:
+    """Steps of all checkpoints in `folder`, complete or not, ascending."""
+    return sorted(int(match[1]) for name in folder.names() if (match := re.fullmatch(r"step-(\d{8,})", name)))
+
+
+def newest(folder: Folder) -> Folder | None:
+    """The complete checkpoint of the highest step in `folder`.
+
+    Raises:
+        UserError: the folder cannot be read.
+    """
+    try:
+        found = (at(folder, step) for step in reversed(steps(folder)))
+        return next((path for path in found if path.has(MANIFEST)), None)
+    except OSError as error:
+        raise UserError(f"checkpoints {folder} cannot be read: {reason(error)}") from error
+
+
+def delete(path: Folder) -> None:
+    """Delete a checkpoint; not for a moment is there one that looks complete and is not.
+
+    Raises:
+        CheckpointError: it is still there.
+    """
+    try:
+        path.delete(MANIFEST)
+        path.delete_all()
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be deleted: {reason(error)}") from error
+
+
+def verify(path: Folder) -> Manifest:
     """The manifest of a checkpoint whose files are all as they were written.
 
     Raises:
-        UserError: names the file that is missing or damaged.
+        UserError: names the file that is missing, unreadable or damaged.
     """
     manifest = read_manifest(path)
-    for shard in manifest.shards:
+
+    def check(shard: Shard) -> None:
         file = path / shard.file
-        if not file.is_file():
+        try:
+            digest = path.sha256(shard.file)
+        except OSError as error:
+            raise UserError(f"checkpoint shard {file} is unreadable: {reason(error)}") from error
+        if digest is None:
             raise UserError(f"checkpoint shard {file} is missing")
-        if _sha256(file) != shard.sha256:
+        if digest != shard.sha256:
             raise UserError(f"checkpoint shard {file} is damaged; delete {path} to resume from the one before")
+
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="verify") as pool:
+        list(pool.map(check, manifest.shards))
     return manifest
 
 
-def load(path: Path, manifest: Manifest, group: Group) -> ShardedState:
+def load(path: Folder, manifest: Manifest, group: Group) -> ShardedState:
     """This rank's share of a verified checkpoint, at any number of workers."""
     sizes = {name: math.prod(shape) for name, shape in manifest.shapes.items()}
     owners = assign_owners(sizes, group.size)
@@ -150,46 +166,45 @@ def load(path: Path, manifest: Manifest, group: Group) -> ShardedState:
     return ShardedState(owners, dict(manifest.shapes), own, manifest.optimizer_step)
 
 
-def load_values(path: Path, manifest: Manifest) -> dict[str, Tensor]:
+def load_values(path: Folder, manifest: Manifest) -> dict[str, Tensor]:
     """All parameters of a verified checkpoint by name, float32 on the CPU, without Adam's moments."""
     return {name: value for name, (value,) in _read(path, manifest, manifest.shapes, _PARTS[:1])}
 
 
 def _read(
-    path: Path, manifest: Manifest, names: Iterable[str], parts: Sequence[str]
+    path: Folder, manifest: Manifest, names: Iterable[str], parts: Sequence[str]
 ) -> Iterator[tuple[str, list[Tensor]]]:
     """These parts of these parameters; nothing else is read, and no file twice."""
     by_shard: dict[int, list[str]] = {}
     for name in names:
         by_shard.setdefault(manifest.shard_of[name], []).append(name)
     for index, wanted in by_shard.items():
-        shard = path / manifest.shards[index].file
+        shard = manifest.shards[index]
         try:
-            with safe_open(shard, framework="pt") as file:
+            with path.on_disk(shard.file, shard.sha256) as copy, safe_open(copy, framework="pt") as file:
                 for name in wanted:
                     yield name, [file.get_tensor(f"{part}:{name}") for part in parts]
         except SafetensorError as error:
-            raise UserError(f"checkpoint shard {shard} is damaged: {error}") from error
+            raise UserError(f"checkpoint shard {path / shard.file} is damaged: {error}") from error
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the checkpoint in `folder`.
+def read_manifest(path: Folder) -> Manifest:
+    """The manifest of the checkpoint in a folder.
 
     Raises:
         UserError: it is missing or damaged.
     """
-    path = folder / MANIFEST
+    file = path / MANIFEST
     try:
-        manifest = Manifest.model_validate_json(path.read_text())
+        content = path.read(MANIFEST)
     except OSError as error:
-        raise UserError(f"checkpoint manifest {path} is missing or unreadable") from error
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise UserError(f"checkpoint manifest {path} is damaged") from error
+        raise UserError(f"checkpoint manifest {file} is unreadable: {reason(error)}") from error
+    if content is None:
+        raise UserError(f"checkpoint manifest {file} is missing")
+    try:
+        manifest = Manifest.model_validate_json(content)
+    except ValidationError as error:
+        raise UserError(f"checkpoint manifest {file} is damaged, or of another version of Rayduce") from error
     if manifest.content_digest() != manifest.digest:
-        raise UserError(f"checkpoint manifest {path} is damaged: its content does not match its digest")
+        raise UserError(f"checkpoint manifest {file} is damaged: its content does not match its digest")
     return manifest
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -78,17 +78,18 @@ def train(config: Path, overrides: tuple[str, ...], resume: bool) -> None:
 
 
 @main.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run")
 @click.option("--prompt", metavar="TEXT", default="", help="What the text begins with; by default a new line.")
 @click.option("--tokens", default=256, show_default=True, help="How many bytes to generate.")
 @click.option("--temperature", default=0.8, show_default=True, help="0 always takes the likeliest byte.")
 @click.option("--top-k", type=int, metavar="K", help="Draw from the K likeliest bytes only.")
 @click.option("--seed", type=int, help="The same seed draws the same text.")
 @_told_plainly
-def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int | None, seed: int | None) -> None:
+def generate(run: str, prompt: str, tokens: int, temperature: float, top_k: int | None, seed: int | None) -> None:
     """Continue a text with the model of the run in folder RUN, as its newest checkpoint has it.
 
-    The text appears as it is generated, in UTF-8. This works while the run trains and after it was killed.
+    RUN may also be the URI of its checkpoints, such as s3://bucket/checkpoints/quickstart. The text appears as it is
+    generated, in UTF-8. This works while the run trains and after it was killed.
 
     \b
     Examples:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -64,6 +65,32 @@ class TrainConfig(_Part):
     eval_batches: int = Field(8, ge=1, description="Held-out batches of batch_size per evaluation.")
     log_every: int = Field(10, ge=1, description="Steps between reports of loss and speed.")
     checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints; there is one at the end too.")
+
+
+class CheckpointsConfig(_Part):
+    """Where checkpoints go and which of them stay; train.checkpoint_every says when there is one."""
+
+    storage: str | None = Field(
+        None, description="Folder, or URI such as s3://bucket/path; by default they stay in the run's folder."
+    )
+    keep_last: int = Field(2, ge=1, description="The newest ones, which stay.")
+    keep_best: int = Field(1, ge=0, description="Those with the lowest held-out loss, which stay too.")
+    keep_cuts: bool = Field(True, description="Those right after a truncation stay too.")
+    retry_s: float = Field(120, ge=0, description="How long storage may be away before the training fails.")
+
+    @field_validator("storage")
+    @classmethod
+    def _usable_anywhere(cls, storage: str | None) -> str | None:
+        if storage is None:
+            return None
+        if "://" not in storage:
+            return str(absolute(Path(storage)))
+        if "@" in urlsplit(storage).netloc and storage.startswith("s3:"):
+            raise ValueError(
+                "holds a key, which would be written into the run's files; it must be s3://bucket/path, with the key "
+                "in the environment as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            )
+        return storage
 
 
 class GuardConfig(_Part):
@@ -197,6 +224,7 @@ class RunConfig(_Part):
     truncation: TruncationConfig | None = Field(None, description="Left out: train at full size.")
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
 
     @field_validator("storage", "data_root")
     @classmethod
@@ -296,6 +324,7 @@ RESUMABLE = (
     "data_root",
     "cluster",
     "tracking",
+    "checkpoints",
     "train.accumulation",
     "train.activation_checkpointing",
     "train.eval_every",

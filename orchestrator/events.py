@@ -8,6 +8,7 @@ from typing import Any
 
 from compression.plan import TruncationPlan
 from orchestrator.config import RunConfig
+from orchestrator.filesystem import Folder
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Job:
 
     config: RunConfig
     folder: Path
-    resume_from: Path | None
+    resume_from: Folder | None
     coordinator: Any
 
 

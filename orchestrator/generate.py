@@ -17,7 +17,7 @@ from orchestrator.inference import load_model
 
 
 def generate_text(
-    run: Path, prompt: str, tokens: int, temperature: float, top_k: int | None, seed: int | None
+    run: Path | str, prompt: str, tokens: int, temperature: float, top_k: int | None, seed: int | None
 ) -> Iterator[str]:
     """The prompt and `tokens` bytes that follow it, piece by piece as they come, decoded as UTF-8.
 

@@ -5,26 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import yaml
+
 from models.heads import SequenceModel
 from models.registry import ClassificationTask, LanguageTask, RecallTask, Task, build_model
 from orchestrator import checkpoint
 from orchestrator.config import RunConfig, parse_config
 from orchestrator.data.recall import Recall
 from orchestrator.errors import UserError
+from orchestrator.filesystem import Folder
+from orchestrator.storage import checkpoints_of
 
 
-def load_model(run: Path) -> SequenceModel:
-    """The model of the newest complete checkpoint in a run's folder, in float32 on the CPU, set to evaluation.
+def load_model(run: Path | str) -> SequenceModel:
+    """The model of a run's newest complete checkpoint, in float32 on the CPU, set to evaluation.
 
+    `run` is the run's folder, or the URI of the folder with its checkpoints, such as s3://bucket/checkpoints/NAME.
     The run may be training, finished or killed; its dataset is not needed.
 
     Raises:
-        UserError: `run` is not the folder of a run, has no complete checkpoint, or its newest one is damaged.
+        UserError: `run` is neither, has no complete checkpoint, or its newest one is damaged.
     """
-    checkpoints = run / "checkpoints"
-    if not checkpoints.is_dir():
-        raise UserError(f"{run} has no folder checkpoints: expected the folder of a training run")
-    path = checkpoint.newest(checkpoints)
+    path = checkpoint.newest(_checkpoints(run))
     if path is None:
         raise UserError(f"run {run} has no complete checkpoint yet; train.checkpoint_every says when it writes one")
     manifest = checkpoint.verify(path)
@@ -34,6 +36,20 @@ def load_model(run: Path) -> SequenceModel:
     assert values.keys() == dict(model.named_parameters()).keys()
     model.load_state_dict(values, strict=False)  # tied weights are one parameter with two names
     return model.eval()
+
+
+def _checkpoints(run: Path | str) -> Folder:
+    if "://" in str(run):
+        return Folder.of(run, "run")
+    run = Path(run)
+    config = run / "config.yaml"
+    if config.is_file():
+        storage = (yaml.safe_load(config.read_text()).get("checkpoints") or {}).get("storage")
+        if storage is not None:
+            return checkpoints_of(run.absolute(), storage)
+    if not (run / "checkpoints").is_dir():
+        raise UserError(f"{run} has no folder checkpoints: expected the folder of a training run")
+    return checkpoints_of(run, None)
 
 
 def _task(config: RunConfig, shapes: Mapping[str, tuple[int, ...]]) -> Task:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
+import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import ray
 import ray.train
@@ -18,15 +17,20 @@ from compression.planning import Occasion
 from models.registry import Task
 from models.scan import backends
 from orchestrator import checkpoint
+from orchestrator.checkpoint import Manifest
+from orchestrator.checkpoint_writer import Writer
 from orchestrator.coordinator import coordinate
 from orchestrator.data import arrow
 from orchestrator.data.batches import Batch, TrainBatches, validation_batches
 from orchestrator.data.sources import prepare
 from orchestrator.engine import Engine, learning_rate
 from orchestrator.events import CutRecord, Event, Job, Measured, Probed, RolledBack, Saved, Started
+from orchestrator.filesystem import Folder
 from orchestrator.group import Group
 from orchestrator.guard import Watch
+from orchestrator.retention import prune
 from orchestrator.run_folder import last_plan, write_plan
+from orchestrator.storage import checkpoints_of
 
 
 def train_worker(job: Job) -> None:
@@ -57,6 +61,10 @@ class Worker:
         self.step = 0
         self.truncations: list[CutRecord] = []
         self.watch: Watch | None = None
+        self.val_loss: float | None = None
+        self.checkpoints = checkpoints_of(job.folder, config.checkpoints.storage, config.checkpoints.retry_s)
+        self.uncut = self.checkpoints / "uncut"
+        self.writer = Writer(self.group.rank, self.group.size, config.cluster.timeout_s)
         self.engine = self._start(job.resume_from, description.task)
         self.attempt = self._begin_attempt()
         self.pending: list[tuple[int, torch.Tensor, float]] = []  # step, loss, seconds
@@ -68,6 +76,7 @@ class Worker:
         while self.step < train.steps:
             self.step += 1
             self._train_step()
+            self.writer.check()
             last = self.step == train.steps
             probe = self.step in probes and self._may_cut()
             evaluate = last or self.step % train.eval_every == 0
@@ -77,7 +86,8 @@ class Worker:
             if evaluate and not cut:
                 self._measure(self._evaluate())
             if last or cut or self.step % train.checkpoint_every == 0:
-                self._save()
+                self._save(after_cut=cut)
+        self.writer.wait()
         self.engine.close()
 
     def _begin_attempt(self) -> int:
@@ -88,14 +98,14 @@ class Worker:
             number += ray.get(self.coordinator.begin_attempt.remote(self.group.size, previous))
         return int(self.group.broadcast(number, 0))
 
-    def _start(self, path: Path | None, task: Task) -> Engine:
+    def _start(self, path: Folder | None, task: Task) -> Engine:
         config = self.config
         if path is None:
             return Engine(config, task, config.model.state_dims, self.group)
         manifest = checkpoint.read_manifest(path)  # the driver has verified the checkpoint
         engine = Engine(config, task, manifest.state_dims, self.group)
         engine.load(checkpoint.load(path, manifest, self.group))
-        self.step, self.watch = manifest.step, manifest.watch
+        self.step, self.watch, self.val_loss = manifest.step, manifest.watch, manifest.val_loss
         self.truncations = [CutRecord(**record) for record in manifest.truncations]
         return engine
 
@@ -152,7 +162,8 @@ class Worker:
         guard = self.config.truncation.guard if self.config.truncation else None
         if guard is not None and self.watch is None:
             self.watch = Watch(step=self.step, before=before[guard.metric], evaluations_left=guard.patience + 1)
-            self._write_checkpoint(self.folder / "uncut")
+            self.val_loss = before["val_loss"]
+            self._write_checkpoint(self.uncut, after_cut=False)
         started = time.perf_counter()
         self.engine.reshape(plan)
         self.group.prove_equal(f"the parameters after the cut at step {self.step}", self.engine.checksum())
@@ -197,6 +208,7 @@ class Worker:
         """Publish what was measured; False where that made the guard take the last cut back."""
         dims = {f"d_state_{layer:02d}": float(dim) for layer, dim in enumerate(self.engine.state_dims)}
         self._publish([Measured(self.step, metrics | dims)])
+        self.val_loss = metrics["val_loss"]
         if self.watch is None:
             return True
         assert self.config.truncation is not None
@@ -214,35 +226,48 @@ class Worker:
 
     def _roll_back(self, step: int) -> None:
         """Back to right before the cut: weights, moments, dimensions and data position, which is the step."""
-        path = checkpoint.newest(self.folder / "uncut")
-        assert path is not None, "there is a checkpoint for as long as there is a watch"
-        manifest = checkpoint.verify(path)
-        self.engine.restore(manifest.state_dims, checkpoint.load(path, manifest, self.group))
-        self.step, self.watch = step, None
+        self.writer.wait()
+        self.group.barrier()  # rank 0 has waited for the whole checkpoint
+        manifest = checkpoint.verify(self.uncut)
+        assert manifest.step == step, f"the checkpoint before the cut is of step {manifest.step}, not {step}"
+        self.engine.restore(manifest.state_dims, checkpoint.load(self.uncut, manifest, self.group))
+        self.step, self.watch, self.val_loss = step, None, manifest.val_loss
         self.truncations = [replace(cut, rolled_back=cut.step >= step) for cut in self.truncations]
-        self._save()
-        if self.group.rank == 0:
-            checkpoint.drop_after(self.folder / "checkpoints", step)
+        self._save(after_cut=False)
 
-    def _save(self) -> None:
-        path = self._write_checkpoint(self.folder / "checkpoints")
-        self._publish([Saved(self.step, str(path))])
-        if self.watch is None and self.group.rank == 0:
-            # Not before: a run that resumes from an earlier checkpoint may still be watching.
-            shutil.rmtree(self.folder / "uncut", ignore_errors=True)
+    def _save(self, after_cut: bool) -> None:
+        path, watching = checkpoint.at(self.checkpoints, self.step), self.watch is not None
+        saved = Saved(self.step, str(path))
 
-    def _write_checkpoint(self, folder: Path) -> Path:
-        return checkpoint.save(
-            folder,
-            self.step,
-            self.engine.state(),
-            self.engine.state_dims,
-            [record.as_dict() for record in self.truncations],
-            self.watch,
-            self.config.model_dump(mode="json"),
-            self.data_sha256,
-            self.group,
+        def complete() -> None:
+            self._publish([saved])
+            prune(self.checkpoints, saved.step, self.config.checkpoints)
+            if not watching:
+                # Not before: a run that resumes from an earlier checkpoint may still be watching.
+                checkpoint.delete(self.uncut)
+
+        self._write_checkpoint(path, after_cut, complete)
+
+    def _write_checkpoint(self, path: Folder, after_cut: bool, then: Callable[[], None] | None = None) -> None:
+        """Begin to write; training waits for the checkpoint before this one, and for the copy of its state."""
+        self.writer.wait()
+        state = self.engine.state()
+        manifest = Manifest(
+            step=self.step,
+            optimizer_step=state.optimizer_step,
+            state_dims=self.engine.state_dims,
+            shapes=state.shapes,
+            shard_of=state.owners,
+            shards=[],
+            truncations=[record.as_dict() for record in self.truncations],
+            watch=self.watch,
+            val_loss=self.val_loss,
+            after_cut=after_cut,
+            config=self.config.model_dump(mode="json"),
+            data_sha256=self.data_sha256,
         )
+        token = self.group.broadcast(torch.tensor([secrets.randbits(63)]), 0)
+        self.writer.save(path, f"{int(token):016x}", manifest, state, then)
 
     def _publish(self, events: list[Event]) -> None:
         if self.group.rank == 0:

@@ -49,6 +49,7 @@ def small_run(tmp_path: Path, corpus: Path) -> dict[str, Any]:
             "log_every": 2,
             "checkpoint_every": 5,
         },
+        "checkpoints": {"keep_last": 100},
         "truncation": {"target": {"dim": 4}, "steps": [3, 7]},
         "cluster": {"workers": 2, "zero_stage": 2, "timeout_s": 60},
         "tracking": {"mlflow": False},

@@ -43,6 +43,8 @@ def test_shipped_configs_are_valid_and_survive_their_own_yaml(path: Path) -> Non
             "model={kind: mamba2, n_layers: 1, d_model: 64, headdim: 32, n_groups: 2}",
             ["model.n_groups 2 must be 1 with truncation"],
         ),
+        ("checkpoints.keep_last=0", ["checkpoints.keep_last", "0", "greater than or equal to 1"]),
+        ("checkpoints.storage=s3://key:secret@bucket", ["checkpoints.storage: holds a key", "AWS_ACCESS_KEY_ID"]),
         ("train.precision=half", ["train.precision", "'half'", "'float32' or 'bfloat16'"]),
         ("cluster.scan=triton", ["cluster", "scan triton needs use_gpu true", "auto, torch or cpu"]),
         ("truncation.target={}", ["truncation.target", "needs tolerance, dim, fraction or budget"]),

@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 from compression.plan import StateRotation, TruncationPlan
 from orchestrator import checkpoint, launch
 from orchestrator.config import GuardConfig, parse_config
+from orchestrator.filesystem import Folder
 from orchestrator.guard import Watch
 from orchestrator.inference import load_model
 from orchestrator.run_folder import last_plan, read_metrics
+from orchestrator.storage import checkpoints_of
 
 
 def finished(raw: dict[str, Any], **changes: Any) -> tuple[Path, dict[str, Any]]:
@@ -29,10 +31,15 @@ def losses(folder: Path) -> dict[int, float]:
     return {row["step"]: row["train_loss"] for row in read_metrics(folder) if "train_loss" in row}
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    path = checkpoint.newest(folder / "checkpoints")
+def newest(run: Path) -> Folder:
+    path = checkpoint.newest(checkpoints_of(run, None))
     assert path is not None
-    shards = (load_file(path / shard.file) for shard in checkpoint.verify(path).shards)
+    return path
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    path = newest(folder)
+    shards = (load_file(Path(path.path, shard.file)) for shard in checkpoint.verify(path).shards)
     return {name: part for shard in shards for name, part in shard.items()}
 
 
@@ -75,7 +82,7 @@ def test_a_cut_that_hurts_is_taken_back(small_run: dict[str, Any], local_ray: No
     assert summary["val_loss_final"] == expected["val_loss_final"]
     ours, theirs = weights(folder), weights(uncut)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert not (folder / "uncut").exists()
+    assert not (folder / "checkpoints" / "uncut").exists()
 
 
 @pytest.mark.cluster
@@ -84,10 +91,8 @@ def test_a_cut_that_recovers_stays(small_run: dict[str, Any], local_ray: None) -
     folder, summary = finished(small_run)
     assert summary["final_dims"] == [4, 4]
     assert not any(cut["rolled_back"] for cut in summary["truncations"])
-    assert not (folder / "uncut").exists()
-    path = checkpoint.newest(folder / "checkpoints")
-    assert path is not None
-    assert checkpoint.verify(path).watch is None
+    assert not (folder / "checkpoints" / "uncut").exists()
+    assert checkpoint.verify(newest(folder)).watch is None
 
 
 @pytest.mark.cluster

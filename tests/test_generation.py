@@ -30,7 +30,9 @@ from models.registry import LanguageTask, build_model
 from orchestrator import checkpoint, launch
 from orchestrator.cli import main
 from orchestrator.config import parse_config
+from orchestrator.filesystem import Folder
 from orchestrator.inference import load_model
+from orchestrator.storage import checkpoints_of
 
 F64 = torch.float64
 VOCABULARY = 256
@@ -169,9 +171,9 @@ def copy(run: Path, tmp_path: Path) -> Path:
 
 
 def last(run: Path) -> Path:
-    path = checkpoint.newest(run / "checkpoints")
+    path = checkpoint.newest(checkpoints_of(run, None))
     assert path is not None
-    return path
+    return Path(path.path)
 
 
 def command(run: Path, *options: str) -> Result:
@@ -247,7 +249,8 @@ def test_a_killed_run_generates_from_its_newest_complete_checkpoint(copy: Path) 
     (copy / "config.yaml").unlink()
     newest = last(copy)
     newest.rename(newest.with_name(newest.name + ".partial"))
-    expected = checkpoint.load_values(last(copy), checkpoint.verify(last(copy)))
+    path = Folder.of(last(copy), "checkpoint")
+    expected = checkpoint.load_values(path, checkpoint.verify(path))
     model = load_model(copy)
     assert all(torch.equal(parameter, expected[name]) for name, parameter in model.named_parameters())
     assert command(copy, "--tokens", "3").exit_code == 0
@@ -294,16 +297,14 @@ def test_damaged_checkpoints_are_refused(copy: Path) -> None:
 @pytest.mark.cluster
 def test_a_diverged_model_ends_in_one_sentence(copy: Path) -> None:
     path = last(copy)
-    manifest = checkpoint.verify(path)
+    manifest = checkpoint.verify(Folder.of(path, "checkpoint"))
     shards = []
     for shard in manifest.shards:
         tensors = load_file(path / shard.file)
         save_file({key: tensor * torch.nan for key, tensor in tensors.items()}, path / shard.file)
         digest = hashlib.sha256((path / shard.file).read_bytes()).hexdigest()
         shards.append(shard.model_copy(update={"sha256": digest}))
-    manifest = manifest.model_copy(update={"shards": shards})
-    manifest = manifest.model_copy(update={"digest": manifest.content_digest()})
-    (path / checkpoint.MANIFEST).write_text(manifest.model_dump_json())
+    (path / checkpoint.MANIFEST).write_text(manifest.completed(shards).model_dump_json())
     result = command(copy, "--prompt", "def")
     assert (result.exit_code, result.stdout) == (2, "def\n")
     assert re.fullmatch(r"rayduce: run .* generates nothing: .* the training has diverged\n", result.stderr)

@@ -1,0 +1,48 @@
+"""Which checkpoints stay: the last ones, the best ones, and those right after a truncation."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+
+from orchestrator import checkpoint
+from orchestrator.checkpoint import Manifest
+from orchestrator.config import CheckpointsConfig
+from orchestrator.errors import UserError
+from orchestrator.filesystem import Folder
+
+logger = logging.getLogger(__name__)
+
+
+def kept(manifests: Sequence[Manifest], policy: CheckpointsConfig) -> set[int]:
+    """The steps that stay, of these complete checkpoints.
+
+    Of several with the same loss the earliest is the best: the later ones have not been measured since.
+    """
+    ordered = sorted(manifests, key=lambda manifest: manifest.step)
+    measured = [m for m in ordered if m.val_loss is not None and not math.isnan(m.val_loss)]
+    best = sorted(measured, key=lambda manifest: (manifest.val_loss, manifest.step))[: policy.keep_best]
+    cuts = [manifest for manifest in ordered if manifest.after_cut and policy.keep_cuts]
+    return {manifest.step for manifest in [*ordered[-policy.keep_last :], *best, *cuts]}
+
+
+def prune(folder: Folder, now: int, policy: CheckpointsConfig) -> None:
+    """Delete all that need not stay beside the checkpoint of step `now`, which has just become complete.
+
+    Later checkpoints have been taken back, and incomplete ones are what a killed run has left.
+    """
+    manifests = []
+    for step in checkpoint.steps(folder):
+        path = checkpoint.at(folder, step)
+        if step > now or not path.has(checkpoint.MANIFEST):
+            checkpoint.delete(path)
+            continue
+        try:
+            manifests.append(checkpoint.read_manifest(path))
+        except UserError as error:
+            logger.warning("%s; it is left as it is", error)
+    stay = kept(manifests, policy)
+    for manifest in manifests:
+        if manifest.step not in stay:
+            checkpoint.delete(checkpoint.at(folder, manifest.step))

@@ -1,0 +1,486 @@
+"""Checkpoints: complete or absent whatever happens, equal after a restore on any number of workers, kept as told.
+
+Every worker here is a writer of its own; the storage is a real folder, and an S3 server where moto is installed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from compression.moments import ParameterState
+from orchestrator import checkpoint, launch
+from orchestrator.checkpoint import MANIFEST, CheckpointError, Manifest
+from orchestrator.checkpoint_writer import Writer
+from orchestrator.config import CheckpointsConfig, ClusterConfig, parse_config
+from orchestrator.errors import TrainingError, UserError
+from orchestrator.filesystem import Folder
+from orchestrator.group import Group
+from orchestrator.retention import kept, prune
+from orchestrator.sharded_state import ShardedState, assign_owners
+from orchestrator.storage import new_run
+
+SHAPES = {"embedding": (7, 3), "mixer.A": (4,), "mixer.B": (4, 5), "norm": (1,), "scalar": ()}
+TOKEN, OTHER = "0" * 15 + "1", "f" * 16
+CPU = torch.device("cpu")
+
+
+def states(seed: int) -> dict[str, ParameterState]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: ParameterState(*(torch.randn(shape, generator=generator) for _ in range(3)))
+        for name, shape in SHAPES.items()
+    }
+
+
+def share(whole: dict[str, ParameterState], rank: int, workers: int) -> ShardedState:
+    owners = assign_owners({name: math.prod(shape) for name, shape in SHAPES.items()}, workers)
+    own = {name: state for name, state in whole.items() if owners[name] == rank}
+    return ShardedState(owners, dict(SHAPES), own, optimizer_step=3)
+
+
+def manifest(step: int, workers: int = 1, val_loss: float | None = None, after_cut: bool = False) -> Manifest:
+    return Manifest(
+        step=step,
+        optimizer_step=3,
+        state_dims=[4],
+        shapes=SHAPES,
+        shard_of=share(states(0), 0, workers).owners,
+        shards=[],
+        truncations=[{"val_loss_after": math.inf}],
+        val_loss=val_loss,
+        after_cut=after_cut,
+        config={},
+        data_sha256="",
+    )
+
+
+def write(folder: Folder, step: int, workers: int = 1, token: str = TOKEN, seed: int = 0, **content: Any) -> Folder:
+    """Write a checkpoint with all its workers, and wait for it."""
+    path, whole = checkpoint.at(folder, step), states(seed)
+    writers = [Writer(rank, workers, timeout_s=30) for rank in range(workers)]
+    for rank, writer in enumerate(writers):
+        writer.save(path, token, manifest(step, workers, **content), share(whole, rank, workers))
+    for writer in writers:
+        writer.wait()
+    return path
+
+
+def equal(left: dict[str, ParameterState], right: dict[str, ParameterState]) -> bool:
+    pairs = [zip(left[name].tensors(), right[name].tensors(), strict=True) for name in right]
+    return left.keys() == right.keys() and all(torch.equal(a, b) for pair in pairs for a, b in pair)
+
+
+def restored(path: Folder, workers: int = 1) -> dict[str, ParameterState]:
+    verified = checkpoint.verify(path)
+    loaded = [checkpoint.load(path, verified, Group(rank, workers, CPU)).own for rank in range(workers)]
+    assert sum(map(len, loaded)) == len(SHAPES)
+    return {name: state for own in loaded for name, state in own.items()}
+
+
+class Server:
+    """An S3 server with one empty bucket."""
+
+    def __init__(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.uri = f"s3://bucket/checkpoints?scheme=http&endpoint_override=127.0.0.1:{self.port}&region=us-east-1"
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while True:
+            with socket.socket() as client:
+                if client.connect_ex(("127.0.0.1", self.port)) == 0:
+                    break
+            assert time.monotonic() < deadline, "the S3 server does not start"
+            time.sleep(0.1)
+        Folder.of(f"{self.uri}&allow_bucket_creation=true", "bucket").create()
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    if find_spec("moto") is None:
+        pytest.skip("moto is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "key")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        server = Server()
+        yield server
+        server.stop()
+
+
+@pytest.fixture(params=["path", "file", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
+    """A place for checkpoints, new to every test."""
+    if request.param == "s3":
+        return Folder.of(request.getfixturevalue("server").uri, "place") / tmp_path.name
+    return Folder.of(tmp_path if request.param == "path" else f"file://{tmp_path}", "place") / "checkpoints"
+
+
+# --- complete or absent ---
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_a_restore_equals_what_was_saved_on_any_number_of_workers(folder: Folder, workers: int) -> None:
+    path = write(folder, 5, workers, val_loss=math.nan)
+    assert checkpoint.newest(folder) == path
+    for readers in (1, 2, 3):
+        assert equal(restored(path, readers), states(0))
+    values = checkpoint.load_values(path, checkpoint.verify(path))
+    assert all(torch.equal(values[name], state.value) for name, state in states(0).items())
+    files = {shard.file for shard in checkpoint.verify(path).shards}
+    assert set(path.names()) == {MANIFEST} | files, "nothing else is left"
+
+
+def test_it_is_absent_until_every_rank_has_written(folder: Folder) -> None:
+    """Whatever earlier attempts have left in the same place, digests included."""
+    path, whole = checkpoint.at(folder, 5), states(0)
+    Writer(1, 2, 30).save(path, OTHER, manifest(5, 2), share(states(1), 1, 2))
+    first, second = Writer(0, 2, 30), Writer(1, 2, 30)
+    announced = threading.Event()
+    first.save(path, TOKEN, manifest(5, 2), share(whole, 0, 2), announced.set)
+    time.sleep(0.3)
+    first.check()
+    assert checkpoint.newest(folder) is None
+    assert not announced.is_set()
+    second.save(path, TOKEN, manifest(5, 2), share(whole, 1, 2))
+    first.wait()
+    assert announced.is_set()
+    assert equal(restored(path), whole)
+
+
+def test_a_rank_that_never_writes_is_named(folder: Folder) -> None:
+    writer = Writer(0, 2, timeout_s=0.1)
+    writer.save(checkpoint.at(folder, 5), TOKEN, manifest(5, 2), share(states(0), 0, 2))
+    with pytest.raises(CheckpointError, match=r"still lacks shard-00001-of-00002-\w+\.safetensors after 0\.1 s"):
+        writer.wait()
+    assert checkpoint.newest(folder) is None
+
+
+def test_a_step_that_is_saved_again_has_one_of_both_at_every_moment(folder: Folder) -> None:
+    path = write(folder, 5, seed=1)
+    straggler = Writer(0, 2, timeout_s=1)  # its other rank is dead
+    straggler.save(path, OTHER, manifest(5, 2), share(states(2), 0, 2))
+    time.sleep(0.2)
+    assert equal(restored(path), states(1))
+    write(folder, 5, token=OTHER, workers=3)
+    assert equal(restored(path), states(0))
+
+
+def _save_for_ever(folder: Path) -> None:
+    for step in range(1, 10**6):
+        write(Folder.of(folder, "place"), step, workers=2, token=f"{step:016x}", seed=step)
+        prune(Folder.of(folder, "place"), step, CheckpointsConfig())
+
+
+def test_a_kill_at_any_moment_leaves_a_complete_checkpoint(tmp_path: Path) -> None:
+    context, place = multiprocessing.get_context("forkserver"), Folder.of(tmp_path, "place")
+    context.set_forkserver_preload(["orchestrator.retention", "orchestrator.checkpoint_writer"])
+    last = 0
+    for attempt in range(6):
+        process = context.Process(target=_save_for_ever, args=(tmp_path,))
+        process.start()
+        deadline = time.monotonic() + 60
+        while (path := checkpoint.newest(place)) is None or path.name == f"step-{last:08d}":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(random.Random(attempt).random() / 20)
+        process.kill()
+        process.join()
+        path = checkpoint.newest(place)
+        assert path is not None
+        last = checkpoint.verify(path).step
+        assert equal(restored(path), states(last))
+
+
+# --- in the background ---
+
+
+def test_errors_of_the_thread_surface_and_the_next_save_waits(folder: Folder) -> None:
+    writer, order = Writer(0, 1, 30), []
+
+    def fails() -> None:
+        time.sleep(0.2)
+        order.append("first")
+        raise ValueError("what follows")
+
+    writer.save(checkpoint.at(folder, 1), TOKEN, manifest(1), share(states(0), 0, 1), fails)
+    writer.check()
+    assert order == []
+    with pytest.raises(ValueError, match="what follows"):
+        writer.save(checkpoint.at(folder, 2), TOKEN, manifest(2), share(states(0), 0, 1))
+    assert order == ["first"]
+    writer.check()
+
+
+def test_a_full_disk_fails_at_once_and_spares_what_was_there(tmp_path: Path) -> None:
+    folder = Folder.of(tmp_path, "place", retry_s=60)
+    earlier = write(folder, 1)
+    path = checkpoint.at(folder, 2)
+    path.create()
+    # The device that has no space, where the writer is about to put its shard.
+    Path(path.path, checkpoint.shard_file(0, 1, TOKEN) + ".partial").symlink_to("/dev/full")
+    writer = Writer(0, 1, 30)
+    started = time.monotonic()
+    writer.save(path, TOKEN, manifest(2), share(states(0), 0, 1))
+    with pytest.raises(CheckpointError, match=r"checkpoint .*step-00000002 cannot be written: No space left on device"):
+        writer.wait()
+    assert time.monotonic() - started < 30
+    assert checkpoint.newest(folder) == earlier
+    assert equal(restored(earlier), states(0))
+
+
+def test_storage_that_is_away_for_a_moment_is_waited_for(tmp_path: Path) -> None:
+    away = tmp_path / "storage"
+    away.write_text("no folder")
+    writer = Writer(0, 1, 30)
+    folder = Folder.of(away, "place", retry_s=30)
+    writer.save(checkpoint.at(folder, 1), TOKEN, manifest(1), share(states(0), 0, 1))
+    time.sleep(0.5)
+    writer.check()
+    away.unlink()
+    writer.wait()
+    assert equal(restored(checkpoint.at(folder, 1)), states(0))
+
+    shutil.rmtree(away)
+    away.write_text("no folder")
+    folder = Folder.of(away, "place", retry_s=0.2)
+    writer.save(checkpoint.at(folder, 1), TOKEN, manifest(1), share(states(0), 0, 1))
+    with pytest.raises(CheckpointError, match="cannot be written: Not a directory"):
+        writer.wait()
+
+
+def test_an_s3_server_that_restarts_is_waited_for(server: Server) -> None:
+    folder = Folder.of(server.uri, "place", retry_s=60) / "restarts"
+    server.stop()
+    writer = Writer(0, 1, 30)
+    writer.save(checkpoint.at(folder, 1), TOKEN, manifest(1), share(states(0), 0, 1))
+    time.sleep(1)
+    writer.check()
+    server.start()
+    writer.wait()
+    assert equal(restored(checkpoint.at(folder, 1)), states(0))
+
+
+def _engine_state_after_a_step(raw: dict[str, Any], text: bytes) -> float:
+    """How much a state that was taken before a step differs after it."""
+    from models.registry import LanguageTask
+    from orchestrator.data.batches import Batch
+    from orchestrator.engine import Engine
+
+    engine = Engine(parse_config(raw), LanguageTask(256), [16, 16], Group(0, 1, CPU))
+    tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).long().reshape(4, -1)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:])
+    engine.step(batch, 1)
+    state = engine.state()
+    before = {name: [part.clone() for part in own.tensors()] for name, own in state.own.items()}
+    engine.step(batch, 2)
+    changed = engine.state()
+    pairs = [zip(parts, state.own[name].tensors(), strict=True) for name, parts in before.items()]
+    assert not all(torch.equal(before[name][0], changed.own[name].value) for name in before), "the step did nothing"
+    engine.close()
+    return max(float((a - b).abs().max()) for pair in pairs for a, b in pair)
+
+
+@pytest.mark.parametrize("stage", get_args(ClusterConfig.model_fields["zero_stage"].annotation))
+def test_what_the_writer_gets_is_a_copy(alone: ProcessPoolExecutor, small_run: dict[str, Any], stage: int) -> None:
+    small_run |= {"cluster": {"zero_stage": stage}, "truncation": None}
+    assert alone.submit(_engine_state_after_a_step, small_run, os.urandom(4 * 33)).result() == 0
+
+
+# --- integrity ---
+
+
+def test_damaged_missing_and_swapped_files_are_refused_by_name(folder: Folder) -> None:
+    path = write(folder, 5, workers=2)
+    stranger = write(folder, 6, workers=2, seed=1)
+    (shard, other), (foreign, _) = checkpoint.verify(path).shards, checkpoint.verify(stranger).shards
+    content, theirs = path.read(shard.file), stranger.read(foreign.file)
+    assert content is not None
+    assert theirs is not None
+    for wrong in (theirs, content[:-1], content[:-1] + bytes([content[-1] ^ 1])):
+        path.write(shard.file, wrong)
+        with pytest.raises(UserError, match=f"checkpoint shard .*{shard.file} is damaged; delete .*step-00000005 to"):
+            checkpoint.verify(path)
+    path.write(shard.file, content)
+    path.delete(other.file)
+    with pytest.raises(UserError, match=f"checkpoint shard .*{other.file} is missing"):
+        checkpoint.verify(path)
+
+
+def test_manifests_that_were_changed_or_point_elsewhere_are_refused(folder: Folder) -> None:
+    path = write(folder, 5)
+    content = path.read(MANIFEST)
+    assert content is not None
+    (shard,) = checkpoint.verify(path).shards
+    whole = json.loads(content)
+    forged = [whole | {"step": 6}, whole | {"shards": [{"file": f"../{shard.file}", "sha256": shard.sha256}]}]
+    for text in (*map(json.dumps, forged), content[:-9].decode(), ""):
+        path.write(MANIFEST, text.encode())
+        with pytest.raises(UserError, match=r"checkpoint manifest .*manifest\.json is damaged"):
+            checkpoint.verify(path)
+    path.delete(MANIFEST)
+    with pytest.raises(UserError, match=r"checkpoint manifest .*manifest\.json is missing"):
+        checkpoint.verify(path)
+
+
+# --- which stay ---
+
+
+def test_retention_keeps_the_last_the_best_and_the_cuts() -> None:
+    measured = [3.0, 1.0, 1.0, math.nan, None, 2.0, 5.0]
+    manifests = [manifest(step, val_loss=loss, after_cut=step == 4) for step, loss in enumerate(measured)]
+
+    def stay(**policy: Any) -> set[int]:
+        random.Random(0).shuffle(manifests)
+        return kept(manifests, CheckpointsConfig(**policy))
+
+    assert stay() == {5, 6, 1, 4}
+    assert stay(keep_best=3, keep_cuts=False) == {5, 6, 1, 2}
+    assert stay(keep_last=1, keep_best=0, keep_cuts=False) == {6}
+    assert stay(keep_last=9) == set(range(7))
+
+
+def test_pruning_leaves_complete_checkpoints_alone_that_are_to_stay(folder: Folder) -> None:
+    losses = {1: 0.5, 2: 3.0, 3: 2.0, 4: 1.0, 5: 4.0}
+    for step, loss in losses.items():
+        write(folder, step, val_loss=loss, after_cut=step == 3, seed=step)
+    write(folder, 9)  # has been taken back
+    write(folder, 12).delete(MANIFEST)
+    (folder / "uncut").create()
+    checkpoint.at(folder, 2).delete(MANIFEST)  # as if a deletion had been interrupted
+    prune(folder, 5, CheckpointsConfig(keep_last=1))
+    assert checkpoint.steps(folder) == [1, 3, 5]
+    assert all(equal(restored(checkpoint.at(folder, step)), states(step)) for step in (1, 3, 5))
+    assert "uncut" in folder.names()
+
+
+def test_a_damaged_checkpoint_is_not_deleted_for_its_loss(folder: Folder) -> None:
+    for step in (1, 2, 3):
+        write(folder, step)
+    checkpoint.at(folder, 1).write(MANIFEST, b"{}")
+    prune(folder, 3, CheckpointsConfig(keep_last=1, keep_best=0))
+    assert checkpoint.steps(folder) == [1, 3]
+
+
+# --- where ---
+
+
+@pytest.mark.parametrize(
+    ("storage", "words"),
+    [
+        ("nowhere://bucket", r"checkpoints\.storage nowhere://bucket cannot be opened .* must be a folder or a URI"),
+        ("s3://bucket?color=red", r"checkpoints\.storage s3://bucket\?color=red cannot be opened .*color"),
+        ("/dev/null/checkpoints", r"checkpoints\.storage: /dev/null/checkpoints/small cannot be written \(Not a dir"),
+    ],
+)
+def test_storage_that_cannot_be_used_is_refused_in_one_sentence(
+    small_run: dict[str, Any], storage: str, words: str
+) -> None:
+    with pytest.raises(UserError, match=words) as refused:
+        new_run(parse_config(small_run | {"checkpoints": {"storage": storage}}))
+    assert "\n" not in str(refused.value)
+    assert not Path(small_run["storage"]).exists()
+
+
+# What must not be loaded to use a model; importing any of it fails there.
+LOADED_ALONE = """
+import sys
+sys.modules |= dict.fromkeys(["ray", "deepspeed", "mlflow"])
+from orchestrator.inference import load_model
+print(load_model(sys.argv[1]).state_dims, load_model(sys.argv[2]).state_dims)
+"""
+
+
+@pytest.mark.cluster
+def test_a_run_keeps_its_checkpoints_on_s3_resumes_there_and_is_loaded_from_there(
+    server: Server, small_run: dict[str, Any], tmp_path: Path
+) -> None:
+    """Through the command, as a person starts it; the model without Ray, DeepSpeed or MLflow."""
+    small_run["checkpoints"] = {"storage": f"{server.uri}", "keep_last": 1, "keep_best": 0}
+    path, run = tmp_path / "small.yaml", Path(small_run["storage"]) / "small"
+    path.write_text(json.dumps(small_run))
+
+    def command(*arguments: str) -> str:
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=400, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    rayduce = str(Path(sys.executable).with_name("rayduce"))
+    output = command(rayduce, "train", str(path))
+    folder = Folder.of(server.uri, "place") / "small"
+    assert checkpoint.steps(folder) == [3, 7, 12], "both cuts and the last"
+    assert f"checkpoint  {checkpoint.at(folder, 12)}" in output
+    ended = checkpoint.load_values(checkpoint.at(folder, 12), checkpoint.verify(checkpoint.at(folder, 12)))
+
+    checkpoint.delete(checkpoint.at(folder, 12))
+    command(rayduce, "train", str(path), "--resume")
+    again = checkpoint.load_values(checkpoint.at(folder, 12), checkpoint.verify(checkpoint.at(folder, 12)))
+    assert all(torch.equal(again[name], value) for name, value in ended.items())
+
+    uri = server.uri.replace("checkpoints?", "checkpoints/small?")
+    assert command("-c", LOADED_ALONE, str(run), uri) == "[4, 4] [4, 4]\n"
+
+
+@pytest.mark.cluster
+def test_a_checkpoint_that_cannot_be_written_ends_the_training_in_one_sentence(
+    small_run: dict[str, Any], local_ray: None
+) -> None:
+    """The last one, whose write no step comes after."""
+    small_run["train"] |= {"steps": 6, "checkpoint_every": 100}
+    config = parse_config(small_run | {"truncation": None, "checkpoints": {"retry_s": 0}})
+    checkpoints = config.storage / config.name / "checkpoints"
+
+    def obstruct() -> None:
+        while not checkpoints.exists():
+            time.sleep(0.01)
+        (checkpoints / "step-00000006").write_text("no folder")
+
+    thread = threading.Thread(target=obstruct)
+    thread.start()
+    with pytest.raises(
+        TrainingError, match=r"CheckpointError: .*step-00000006 cannot be written: File exists"
+    ) as failed:
+        launch.train(config)
+    thread.join()
+    assert "\n" not in str(failed.value)
+
+
+def test_a_bucket_that_does_not_exist_is_refused(server: Server, small_run: dict[str, Any]) -> None:
+    small_run["checkpoints"] = {"storage": server.uri.replace("bucket", "pail")}
+    with pytest.raises(UserError, match=r"checkpoints\.storage: s3://pail/checkpoints/small cannot be written"):
+        new_run(parse_config(small_run))
+
+
+def test_no_run_takes_the_place_of_anothers_checkpoints(folder: Folder, small_run: dict[str, Any]) -> None:
+    if not folder.is_local:
+        pytest.skip("the same for all places")
+    write(folder / "small", 5)
+    config = parse_config(small_run | {"checkpoints": {"storage": str(folder)}})
+    assert new_run(config).name == "small-2"
+    assert new_run(config).name == "small-3"
