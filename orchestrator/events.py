@@ -16,7 +16,6 @@ class Job:
 
     config: RunConfig
     folder: Path
-    resume_from: Path | None
     coordinator: Any
 
 
@@ -81,11 +80,28 @@ class Saved:
 
 @dataclass(frozen=True)
 class Started:
-    """The training loop begins after `step`, which is 0 unless the run was resumed."""
+    """A group of workers begins after `step`, which is 0 unless there was a checkpoint; its cuts are those so far."""
 
     step: int
+    checkpoint: str | None
+    cuts: list[CutRecord]
+    dims: list[int]
     parameters: int
     scans: str
 
 
-Event = Measured | Probed | RolledBack | Saved | Started
+@dataclass(frozen=True)
+class Stopped:
+    """The workers have ended after `step` and saved it, because the driver asked them to."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The group of workers is gone, and why; Ray Train starts another."""
+
+    reason: str
+
+
+Event = Lost | Measured | Probed | RolledBack | Saved | Started | Stopped

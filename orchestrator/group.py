@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,12 @@ class Group:
         tensor = tensor.to(self.device)
         dist.broadcast(tensor, src=source)
         return tensor
+
+    def from_first(self, value: Any) -> Any:
+        """What rank 0 gives, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
 
     def gather_digests(self, digest: str) -> list[str]:
         """Every worker's SHA-256 digest, by rank, as hexadecimal."""

@@ -23,10 +23,10 @@ from orchestrator.data import arrow
 from orchestrator.data.batches import Batch, TrainBatches, validation_batches
 from orchestrator.data.sources import prepare
 from orchestrator.engine import Engine, learning_rate
-from orchestrator.events import CutRecord, Event, Job, Measured, Probed, RolledBack, Saved, Started
+from orchestrator.events import CutRecord, Event, Job, Measured, Probed, RolledBack, Saved, Started, Stopped
 from orchestrator.group import Group
 from orchestrator.guard import Watch
-from orchestrator.run_folder import last_plan, write_plan
+from orchestrator.run_folder import drop_plans_after, last_plan, next_attempt, write_plan
 
 
 def train_worker(job: Job) -> None:
@@ -57,42 +57,55 @@ class Worker:
         self.step = 0
         self.truncations: list[CutRecord] = []
         self.watch: Watch | None = None
-        self.engine = self._start(job.resume_from, description.task)
-        self.attempt = self._begin_attempt()
+        self.stopping = False
+        self.attempt, self.resumed_from = self.group.from_first(self._take_over() if self.group.rank == 0 else None)
+        self.engine = self._start(description.task)
         self.pending: list[tuple[int, torch.Tensor, float]] = []  # step, loss, seconds
 
     def run(self) -> None:
         config = self.config
-        self._publish([Started(self.step, self.engine.parameter_count, self.engine.scans)])
+        engine = self.engine
+        path = str(self.resumed_from) if self.resumed_from else None
+        cuts, dims = self.truncations, list(engine.state_dims)
+        self._publish([Started(self.step, path, cuts, dims, engine.parameter_count, engine.scans)])
         train, probes = config.train, set(config.probe_steps)
-        while self.step < train.steps:
+        stop = self._stop_wanted()
+        while self.step < train.steps and not stop:
             self.step += 1
             self._train_step()
             last = self.step == train.steps
             probe = self.step in probes and self._may_cut()
             evaluate = last or self.step % train.eval_every == 0
-            if probe or evaluate or self.step % train.log_every == 0:
+            report = probe or evaluate or self.step % train.log_every == 0
+            if report:
                 self._report_losses()
             cut = probe and self._probe()
             if evaluate and not cut:
                 self._measure(self._evaluate())
-            if last or cut or self.step % train.checkpoint_every == 0:
+            stop = report and not last and self._stop_wanted()
+            if last or cut or stop or self.step % train.checkpoint_every == 0:
                 self._save()
+        if stop:
+            self._publish([Stopped(self.step)])
         self.engine.close()
 
-    def _begin_attempt(self) -> int:
-        """Rank 0 announces this group of workers to the coordinator and tells the others its number."""
-        number = torch.zeros(1, dtype=torch.int64)
-        if self.group.rank == 0:
-            previous = last_plan(self.folder, self.step)
-            number += ray.get(self.coordinator.begin_attempt.remote(self.group.size, previous))
-        return int(self.group.broadcast(number, 0))
+    def _take_over(self) -> tuple[int, Path | None]:
+        """Rank 0 begins a new attempt, which older groups of workers are refused from then on.
 
-    def _start(self, path: Path | None, task: Task) -> Engine:
-        config = self.config
+        Returns its number and the last complete checkpoint, verified.
+        """
+        path = checkpoint.newest(self.folder / "checkpoints")
+        step = checkpoint.verify(path).step if path else 0
+        drop_plans_after(self.folder, step)
+        attempt, previous = next_attempt(self.folder), last_plan(self.folder, step)
+        ray.get(self.coordinator.begin_attempt.remote(attempt, self.group.size, previous))
+        return attempt, path
+
+    def _start(self, task: Task) -> Engine:
+        config, path = self.config, self.resumed_from
         if path is None:
             return Engine(config, task, config.model.state_dims, self.group)
-        manifest = checkpoint.read_manifest(path)  # the driver has verified the checkpoint
+        manifest = checkpoint.read_manifest(path)
         engine = Engine(config, task, manifest.state_dims, self.group)
         engine.load(checkpoint.load(path, manifest, self.group))
         self.step, self.watch = manifest.step, manifest.watch
@@ -220,9 +233,10 @@ class Worker:
         self.engine.restore(manifest.state_dims, checkpoint.load(path, manifest, self.group))
         self.step, self.watch = step, None
         self.truncations = [replace(cut, rolled_back=cut.step >= step) for cut in self.truncations]
-        self._save()
         if self.group.rank == 0:
+            # First, because a run that continues from one of these needs what `_save` takes away.
             checkpoint.drop_after(self.folder / "checkpoints", step)
+        self._save()
 
     def _save(self) -> None:
         path = self._write_checkpoint(self.folder / "checkpoints")
@@ -247,4 +261,8 @@ class Worker:
     def _publish(self, events: list[Event]) -> None:
         if self.group.rank == 0:
             # Waiting keeps the events in order, and a coordinator that died does not go unnoticed.
-            ray.get(self.coordinator.publish.remote(events))
+            self.stopping = ray.get(self.coordinator.publish.remote(self.attempt, events))
+
+    def _stop_wanted(self) -> bool:
+        """Whether the driver wants an end, as rank 0 has just heard: all ranks stop after the same step."""
+        return bool(self.group.broadcast(torch.tensor([float(self.stopping)]), 0))
