@@ -22,6 +22,7 @@ from torch import Tensor
 
 from compression.moments import ParameterState
 from orchestrator.errors import UserError
+from orchestrator.failpoints import reach
 from orchestrator.group import Group
 from orchestrator.guard import Watch
 from orchestrator.sharded_state import ShardedState, assign_owners
@@ -88,6 +89,7 @@ def save(
         for part, tensor in zip(_PARTS, parameter.tensors(), strict=True)
     }
     save_file(tensors, own)
+    reach("checkpoint", step)
     digests = group.gather_digests(_sha256(own))
     if group.rank == 0:
         manifest = Manifest(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -169,11 +170,19 @@ def _wait_for(trainer: TorchTrainer, follower: Follower, terminal: Terminal, sto
 
     A signal has the workers end, which this still waits for.
 
-    In a thread, because in the main one Ray Train takes SIGINT for itself, and ends the process without a word.
+    In a thread, because in the main one Ray Train takes SIGINT for itself, and ends the process without a word. In a
+    daemon, because a call that Ray's shutdown overtakes may never return.
     """
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fit")
-    fit = pool.submit(trainer.fit)
-    pool.shutdown(wait=False)
+    fit: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            trainer.fit()
+            fit.set_result(None)
+        except Exception as error:  # noqa: BLE001 -- raised in the main thread
+            fit.set_exception(error)
+
+    threading.Thread(target=run, name="fit", daemon=True).start()
     while follower.failure is None:
         if wait([fit], timeout=1).done:
             fit.result()

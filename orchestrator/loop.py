@@ -24,6 +24,7 @@ from orchestrator.data.batches import Batch, TrainBatches, validation_batches
 from orchestrator.data.sources import prepare
 from orchestrator.engine import Engine, learning_rate
 from orchestrator.events import CutRecord, Event, Job, Measured, Probed, RolledBack, Saved, Started, Stopped
+from orchestrator.failpoints import reach
 from orchestrator.group import Group
 from orchestrator.guard import Watch
 from orchestrator.run_folder import drop_plans_after, last_plan, next_attempt, write_plan
@@ -73,6 +74,7 @@ class Worker:
         while self.step < train.steps and not stop:
             self.step += 1
             self._train_step()
+            reach("step", self.step)
             last = self.step == train.steps
             probe = self.step in probes and self._may_cut()
             evaluate = last or self.step % train.eval_every == 0
@@ -151,6 +153,7 @@ class Worker:
         assert rule is not None
         steps = range(self.step, self.step - self.probe_batches, -1)
         statistics = self.engine.statistics(self.batches.at(step) for step in steps)
+        reach("statistics", self.step)
         occasion = Occasion(self.step, self.attempt, probes.index(self.step) + 1, len(probes))
         plan = coordinate(self.coordinator, rule, occasion, statistics, self.group)
         seconds = time.perf_counter() - started
@@ -166,8 +169,10 @@ class Worker:
         if guard is not None and self.watch is None:
             self.watch = Watch(step=self.step, before=before[guard.metric], evaluations_left=guard.patience + 1)
             self._write_checkpoint(self.folder / "uncut")
+        reach("plan", self.step)
         started = time.perf_counter()
         self.engine.reshape(plan)
+        reach("reshape", self.step)
         self.group.prove_equal(f"the parameters after the cut at step {self.step}", self.engine.checksum())
         seconds += time.perf_counter() - started
         after = self._evaluate()
