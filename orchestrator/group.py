@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def limit_waiting(timeout_s: float) -> None:
+    """Have every process group give up on a missing worker after this long.
+
+    Ray Train says so for the group that it sets up; those that DeepSpeed makes have torch's default of half an hour.
+    """
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 class DisagreementError(RuntimeError):

@@ -25,7 +25,7 @@ from orchestrator.data.sources import prepare
 from orchestrator.engine import Engine, learning_rate
 from orchestrator.events import CutRecord, Event, Job, Measured, Probed, RolledBack, Saved, Started, Stopped
 from orchestrator.failpoints import reach
-from orchestrator.group import Group
+from orchestrator.group import Group, limit_waiting
 from orchestrator.guard import Watch
 from orchestrator.run_folder import drop_plans_after, last_plan, next_attempt, write_plan
 
@@ -61,6 +61,7 @@ class Worker:
         self.stopping = False
         self.attempt, self.resumed_from = self.group.from_first(self._take_over() if self.group.rank == 0 else None)
         self.engine = self._start(description.task)
+        limit_waiting(config.cluster.timeout_s)
         self.pending: list[tuple[int, torch.Tensor, float]] = []  # step, loss, seconds
 
     def run(self) -> None:
