@@ -67,8 +67,7 @@ def train(config: Path, overrides: tuple[str, ...]) -> None:
     \b
     Examples:
       rayduce train configs/quickstart.yaml
-      rayduce train configs/quickstart.yaml truncation.target.dim=8 train.steps=1000
-      rayduce train configs/quickstart.yaml name=another seed=1
+      rayduce train configs/quickstart.yaml name=smaller truncation.target.dim=8 train.steps=1000
     """
     from orchestrator.config import load_config
 

@@ -295,3 +295,4 @@ def test_diverged_training_fails_in_one_sentence(small_run: dict[str, Any], loca
     with pytest.raises(TrainingError, match=r"training failed .*layer 0 at step 3: .*diverged.*ray\.log") as failed:
         launch.train(parse_config(small_run))
     assert "\n" not in str(failed.value)
+    assert (Path(small_run["storage"]) / "small" / "attempt").read_text() == "1\n"  # not tried again

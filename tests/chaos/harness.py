@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,32 +23,37 @@ TITLES = {"coordinator": "ray::Coordinator", "controller": "ray::TrainController
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a disturbed run has ended, and how long it took from the kill on."""
+    """How a disturbed run has ended, and how long it took from the signal on."""
 
+    code: int
     output: str
+    errors: str
     seconds: float
 
 
-def disturbed(raw: dict[str, Any], victim: str, point: str, step: int) -> Outcome:
-    """Run `raw` to its end through the death of `victim`; a killed driver is started again by the same command."""
+def disturbed(raw: dict[str, Any], victim: str, point: str, step: int, with_: signal.Signals) -> Outcome:
+    """Run `raw` to its end, with a signal to one of its processes; a killed driver is started again, as a person would."""
     held = Path(raw["storage"]).parent / "held"
     driver = start(raw, RAYDUCE_HOLD=f"{point}@{step}={held}")
     wait_until(lambda: (held.exists() and held.read_text()) or driver.poll() is not None, f"{point} at step {step}")
     assert driver.poll() is None, driver.communicate()
     time.sleep(0.5)  # for the others to go on until they need the one that is held
-    os.kill(_process(driver, victim, int(held.read_text())), signal.SIGKILL)
+    os.kill(_process(driver, victim, int(held.read_text())), with_)
     held.with_name("held.go").touch()
-    killed = time.monotonic()
-    session = driver.pid
+    signalled = time.monotonic()
     if victim == "driver":
         driver.wait()
-        wait_until(lambda: not _left(session), "the processes of a killed driver end", within=60)
+        wait_until_gone(driver.pid)
         driver = start(raw)
-    output, said = driver.communicate(timeout=400)
-    seconds = time.monotonic() - killed
-    assert driver.returncode == 0, output + said
-    wait_until(lambda: not _left(session) and not _left(driver.pid), "all processes end", within=60)
-    return Outcome(output, seconds)
+    output, errors = driver.communicate(timeout=400)
+    seconds = time.monotonic() - signalled
+    wait_until_gone(driver.pid)
+    return Outcome(driver.returncode, output, errors, seconds)
+
+
+def wait_until_gone(session: int) -> None:
+    """Nothing that a driver has started outlives it for long."""
+    wait_until(lambda: not _left(session), "all processes end", within=60)
 
 
 def _process(driver: subprocess.Popen[str], victim: str, held: int) -> int:
@@ -62,3 +71,31 @@ def _left(session: int) -> list[tuple[int, str]]:
     listing = subprocess.run(["ps", "-o", "pid=,stat=,args=", "-s", str(session)], capture_output=True, text=True)
     rows = [line.split(maxsplit=2) for line in listing.stdout.splitlines()]
     return [(int(pid), title) for pid, state, title in rows if not state.startswith("Z")]
+
+
+@contextmanager
+def shared_cluster() -> Iterator[str]:
+    """A Ray cluster of its own session, which drivers come to and leave again; its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ray_ = str(Path(sys.executable).with_name("ray"))
+    command = [ray_, "start", "--head", "--block", "--num-cpus=2", f"--port={port}", "--include-dashboard=false"]
+    head = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        wait_until(lambda: any("raylet" in title for _, title in _left(head.pid)), "the cluster is up", within=120)
+        yield f"127.0.0.1:{port}"
+    finally:
+        os.killpg(head.pid, signal.SIGTERM)
+        head.wait(timeout=60)
+
+
+def actors_alive(address: str) -> list[str]:
+    """Class names, seen by a driver that comes for this alone."""
+    code = f"""
+import ray, ray._private.state as state
+ray.init({address!r}, logging_level="ERROR", log_to_driver=False)
+print(*[actor["ActorClassName"] for actor in state.actors().values() if actor["State"] != "DEAD"])
+"""
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    return asked.stdout.split()

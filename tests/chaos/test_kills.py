@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ import mlflow
 import pytest
 import torch
 
-from tests.chaos.harness import disturbed
+from tests.chaos.harness import actors_alive, disturbed, shared_cluster
 from tests.conftest import small_run as small_run_fixture
-from tests.runs import losses, plans, saved, start
+from tests.runs import losses, plans, saved, start, wait_until
 
 pytestmark = pytest.mark.cluster
 STEPS = 12
@@ -45,28 +46,78 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     return Path(raw["storage"]) / raw["name"]
 
 
+@pytest.fixture
+def tracked(small_run: dict[str, Any]) -> dict[str, Any]:
+    small_run["tracking"] = {"mlflow": True, "mlflow_uri": f"sqlite:///{small_run['storage']}/mlflow.db"}
+    small_run["cluster"]["timeout_s"] = 30
+    return small_run
+
+
 @pytest.mark.parametrize(("victim", "when"), cases())
 def test_a_run_survives(
-    victim: str, when: str, small_run: dict[str, Any], undisturbed: Path, table: list[tuple[str, str, str]]
+    victim: str, when: str, tracked: dict[str, Any], undisturbed: Path, table: list[tuple[str, str, str]]
 ) -> None:
-    storage = Path(small_run["storage"])
-    small_run["tracking"] = {"mlflow": True, "mlflow_uri": f"sqlite:///{storage}/mlflow.db"}
-    small_run["cluster"]["timeout_s"] = 30
-    outcome = disturbed(small_run, victim, *POINTS[when])
-
-    folder = storage / small_run["name"]
-    summary, expected = (json.loads((path / "summary.json").read_text()) for path in (folder, undisturbed))
-    ended, reference = saved(folder, STEPS), saved(undisturbed, STEPS)
-    same = losses(folder) == losses(undisturbed) and all(torch.equal(ended[key], reference[key]) for key in reference)
+    outcome = disturbed(tracked, victim, *POINTS[when], signal.SIGKILL)
+    assert outcome.code == 0, outcome.output + outcome.errors
+    same = ends_like(tracked, undisturbed)
     table.append((f"{victim}, {when}", f"{outcome.seconds:.0f}", "to the last bit" if same else "NO"))
     assert same
+
+
+def ends_like(raw: dict[str, Any], undisturbed: Path) -> bool:
+    """Losses, weights and moments, to the last bit; the rest of what the run leaves is asserted."""
+    folder = Path(raw["storage"]) / raw["name"]
+    summary, expected = (json.loads((path / "summary.json").read_text()) for path in (folder, undisturbed))
+    ended, reference = saved(folder, STEPS), saved(undisturbed, STEPS)
     assert ended.keys() == reference.keys()
     assert summary["final_dims"] == expected["final_dims"] == [4, 4]
     assert summary["val_loss_final"] == expected["val_loss_final"]
     assert [cut["step"] for cut in summary["truncations"]] == [3, 7]
     assert [plan.dims_after for plan in plans(folder)] == [(8, 8), (4, 4)]
-    client = mlflow.MlflowClient(small_run["tracking"]["mlflow_uri"])
+    client = mlflow.MlflowClient(raw["tracking"]["mlflow_uri"])
     experiment = client.get_experiment_by_name("rayduce")
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
     assert (run.info.status, run.info.run_id) == ("FINISHED", summary["mlflow_run_id"])
+    return losses(folder) == losses(undisturbed) and all(torch.equal(ended[key], reference[key]) for key in reference)
+
+
+@pytest.mark.chaos
+def test_a_worker_that_hangs_is_lost(tracked: dict[str, Any], undisturbed: Path) -> None:
+    """It answers nobody, but its connections stay open: only `cluster.timeout_s` tells."""
+    outcome = disturbed(tracked, "other", *POINTS["once the plan is agreed"], signal.SIGSTOP)
+    assert outcome.code == 0, outcome.output + outcome.errors
+    assert ends_like(tracked, undisturbed)
+
+
+@pytest.mark.chaos
+def test_after_too_many_failures_the_same_command_continues(tracked: dict[str, Any], undisturbed: Path) -> None:
+    tracked["cluster"]["max_failures"] = 0
+    outcome = disturbed(tracked, "worker", *POINTS["once the plan is agreed"], signal.SIGKILL)
+    assert outcome.code == 1
+    (sentence,) = outcome.errors.splitlines()
+    assert sentence.startswith("rayduce: training failed after step 7: ")
+    again = start(tracked)
+    output, errors = again.communicate(timeout=400)
+    assert again.returncode == 0, output + errors
+    assert ends_like(tracked, undisturbed)
+
+
+@pytest.mark.chaos
+def test_a_killed_driver_leaves_nothing_on_a_shared_cluster(small_run: dict[str, Any], tmp_path: Path) -> None:
+    small_run["train"]["steps"] = 100_000
+    with shared_cluster() as address:
+        driver = start(small_run, RAY_ADDRESS=address)
+        folder = Path(small_run["storage"]) / "small"
+        wait_until(lambda: (folder / "plans").is_dir() and len(plans(folder)) == 2, "two plans")
+        driver.kill()
+        driver.communicate()
+        wait_until(lambda: actors_alive(address) == [], "all actors end", within=60)
+        again = start(small_run, RAY_ADDRESS=address)
+        assert again.stdout is not None
+        while "continued after step" not in (line := again.stdout.readline()):
+            assert line, again.communicate()
+        again.send_signal(signal.SIGTERM)
+        again.communicate(timeout=120)
+        assert again.returncode == 128 + signal.SIGTERM
+        wait_until(lambda: actors_alive(address) == [], "all actors end", within=60)
