@@ -80,7 +80,10 @@ class Saved:
 
 @dataclass(frozen=True)
 class Started:
-    """A group of workers begins after `step`, which is 0 unless there was a checkpoint; its cuts are those so far."""
+    """A group of workers begins after `step`, which is 0 unless there was a checkpoint; its cuts are those so far.
+
+    `reservation` is Ray's placement group of the workers.
+    """
 
     step: int
     checkpoint: str | None
@@ -88,6 +91,7 @@ class Started:
     dims: list[int]
     parameters: int
     scans: str
+    reservation: Any
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,7 @@ def _fit(job: Job, follower: Follower, terminal: Terminal, stop: StopRequest) ->
             return _wait_for(_trainer(job), follower, terminal, stop)
         except RayActorError:
             terminal.line(f"Ray Train's controller died after step {follower.step}; starting the workers again")
+            follower.release()
     try:
         return _wait_for(_trainer(job), follower, terminal, stop)
     except RayActorError as error:

@@ -69,7 +69,8 @@ class Worker:
         engine = self.engine
         path = str(self.resumed_from) if self.resumed_from else None
         cuts, dims = self.truncations, list(engine.state_dims)
-        self._publish([Started(self.step, path, cuts, dims, engine.parameter_count, engine.scans)])
+        reservation = ray.util.get_current_placement_group()
+        self._publish([Started(self.step, path, cuts, dims, engine.parameter_count, engine.scans, reservation)])
         train, probes = config.train, set(config.probe_steps)
         stop = self._stop_wanted()
         while self.step < train.steps and not stop:

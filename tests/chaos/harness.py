@@ -32,7 +32,7 @@ class Outcome:
 
 
 def disturbed(raw: dict[str, Any], victim: str, point: str, step: int, with_: signal.Signals) -> Outcome:
-    """Run `raw` to its end, with a signal to one of its processes; a killed driver is started again, as a person would."""
+    """Run `raw` to its end, with a signal to one of its processes; a killed driver is started again."""
     held = Path(raw["storage"]).parent / "held"
     driver = start(raw, RAYDUCE_HOLD=f"{point}@{step}={held}")
     wait_until(lambda: (held.exists() and held.read_text()) or driver.poll() is not None, f"{point} at step {step}")
@@ -80,7 +80,7 @@ def shared_cluster() -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     ray_ = str(Path(sys.executable).with_name("ray"))
-    command = [ray_, "start", "--head", "--block", "--num-cpus=2", f"--port={port}", "--include-dashboard=false"]
+    command = [ray_, "start", "--head", "--block", "--num-cpus=2", f"--port={port}", "--node-ip-address=127.0.0.1"]
     head = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         wait_until(lambda: any("raylet" in title for _, title in _left(head.pid)), "the cluster is up", within=120)
@@ -91,11 +91,14 @@ def shared_cluster() -> Iterator[str]:
 
 
 def actors_alive(address: str) -> list[str]:
-    """Class names, seen by a driver that comes for this alone."""
+    """Class names, seen by a driver that comes for this alone; without Ray Train's own detached one.
+
+    That ends when it learns from the dashboard that its controller has gone.
+    """
     code = f"""
 import ray, ray._private.state as state
 ray.init({address!r}, logging_level="ERROR", log_to_driver=False)
 print(*[actor["ActorClassName"] for actor in state.actors().values() if actor["State"] != "DEAD"])
 """
     asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    return asked.stdout.split()
+    return [name for name in asked.stdout.split() if name != "PlacementGroupCleaner"]
