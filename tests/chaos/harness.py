@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,7 +79,10 @@ def shared_cluster() -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     ray_ = str(Path(sys.executable).with_name("ray"))
+    # In a folder of its own, short enough for sockets: from the usual one, any other Ray would learn of this cluster.
+    folder = tempfile.mkdtemp(prefix="ray")
     command = [ray_, "start", "--head", "--block", "--num-cpus=2", f"--port={port}", "--node-ip-address=127.0.0.1"]
+    command.append(f"--temp-dir={folder}")
     head = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         wait_until(lambda: any("raylet" in title for _, title in _left(head.pid)), "the cluster is up", within=120)
@@ -85,6 +90,7 @@ def shared_cluster() -> Iterator[str]:
     finally:
         os.killpg(head.pid, signal.SIGTERM)
         head.wait(timeout=60)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def actors_alive(address: str) -> list[str]:
