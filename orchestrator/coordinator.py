@@ -83,6 +83,7 @@ class Coordinator:
         self._meetings: dict[tuple[int, Stage], _Meeting] = {}
         self._previous: TruncationPlan | None = None
         self._events: list[Event] = []
+        self._in_hand = False  # events that the driver has taken and may not have recorded yet
         self._stop = False
 
     async def begin_attempt(self, attempt: int, workers: int, previous: TruncationPlan | None = None) -> None:
@@ -182,10 +183,22 @@ class Coordinator:
         self._events.append(Lost(reason))
 
     async def drain(self, stop: bool) -> list[Event]:
-        """All events since the last call; with `stop`, the workers are told to end."""
+        """All events since the last call, which are recorded by now; with `stop`, the workers are told to end."""
         self._stop = stop
         events, self._events = self._events, []
+        self._in_hand = bool(events)
         return events
+
+    async def recorded(self, attempt: int) -> None:
+        """Wait until the driver has recorded all that was published.
+
+        Raises:
+            StaleAttemptError: the attempt has been superseded.
+        """
+        self._refuse_stale(attempt, 0)
+        while self._events or self._in_hand:
+            await asyncio.sleep(0.02)
+            self._refuse_stale(attempt, 0)
 
     def _refuse_stale(self, attempt: int, rank: int) -> None:
         if attempt != self._attempt:

@@ -86,9 +86,10 @@ class Follower:
             self.failure = error
 
     def _take(self) -> None:
-        events: list[Event] = ray.get(self._coordinator.drain.remote(self._end_workers))
-        for event in events:
-            self._handle(event)
+        events: list[Event]
+        while events := ray.get(self._coordinator.drain.remote(self._end_workers)):
+            for event in events:
+                self._handle(event)
         if self._recent:
             self._terminal.progress(self._progress())
 

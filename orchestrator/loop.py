@@ -246,6 +246,9 @@ class Worker:
         self._save()
 
     def _save(self) -> None:
+        if self.group.rank == 0:
+            # What a run continues from must not be ahead of its metrics: nobody would measure those steps again.
+            ray.get(self.coordinator.recorded.remote(self.attempt))
         path = self._write_checkpoint(self.folder / "checkpoints")
         self._publish([Saved(self.step, str(path))])
         if self.watch is None and self.group.rank == 0:
