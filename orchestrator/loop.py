@@ -80,14 +80,15 @@ class Worker:
             last = self.step == train.steps
             probe = self.step in probes and self._may_cut()
             evaluate = last or self.step % train.eval_every == 0
-            report = probe or evaluate or self.step % train.log_every == 0
+            due = last or self.step % train.checkpoint_every == 0
+            report = due or probe or evaluate or self.step % train.log_every == 0
             if report:
                 self._report_losses()
             cut = probe and self._probe()
             if evaluate and not cut:
                 self._measure(self._evaluate())
             stop = report and not last and self._stop_wanted()
-            if last or cut or stop or self.step % train.checkpoint_every == 0:
+            if due or cut or stop:
                 self._save()
         if stop:
             self._publish([Stopped(self.step)])
