@@ -94,9 +94,9 @@ def shared_cluster() -> Iterator[str]:
 
 
 def actors_alive(address: str) -> list[str]:
-    """Class names, seen by a driver that comes for this alone; without Ray Train's own detached one.
+    """Class names, seen by a driver that comes for this alone; without the two that Ray Train detaches.
 
-    That ends when it learns from the dashboard that its controller has gone.
+    One is the cluster's own, the other ends when it learns from the dashboard that its controller has gone.
     """
     code = f"""
 import ray, ray._private.state as state
@@ -104,4 +104,5 @@ ray.init({address!r}, logging_level="ERROR", log_to_driver=False)
 print(*[actor["ActorClassName"] for actor in state.actors().values() if actor["State"] != "DEAD"])
 """
     asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    return [name for name in asked.stdout.split() if name != "PlacementGroupCleaner"]
+    detached = {"_AutoscalingCoordinatorActor", "PlacementGroupCleaner"}
+    return [name for name in asked.stdout.split() if name not in detached]
