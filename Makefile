@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	&& echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: train test fast bench lint clean
+.PHONY: train test fast chaos bench lint clean
 
 train: .venv/ready
 	$(BIN)/rayduce train configs/quickstart.yaml
@@ -13,7 +13,10 @@ test: .venv/ready
 	$(BIN)/pytest
 
 fast: .venv/ready
-	$(BIN)/pytest -m "not cluster"
+	$(BIN)/pytest -m "not cluster and not chaos"
+
+chaos: .venv/ready
+	$(BIN)/pytest tests/chaos -m cluster
 
 bench: .venv/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'

@@ -150,7 +150,7 @@ def verify(path: Folder) -> Manifest:
         if digest is None:
             raise UserError(f"checkpoint shard {file} is missing")
         if digest != shard.sha256:
-            raise UserError(f"checkpoint shard {file} is damaged; delete {path} to resume from the one before")
+            raise UserError(f"checkpoint shard {file} is damaged; delete {path} to continue from the one before")
 
     with ThreadPoolExecutor(_READERS, thread_name_prefix="verify") as pool:
         list(pool.map(check, manifest.shards))

@@ -13,10 +13,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from orchestrator import checkpoint
 from orchestrator.checkpoint import MANIFEST, CheckpointError, Manifest, Shard
+from orchestrator.failpoints import reach
 from orchestrator.filesystem import Folder, reason
 from orchestrator.sharded_state import ShardedState
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
+
+
+class MissingShardError(RuntimeError):
+    """Another rank has not written its part in time."""
+
+
+def _nothing() -> None: ...
 
 
 class Writer:
@@ -30,24 +38,31 @@ class Writer:
         self._pending: Future[None] | None = None
 
     def save(
-        self, path: Folder, token: str, manifest: Manifest, state: ShardedState, then: Callable[[], None] | None = None
+        self,
+        path: Folder,
+        token: str,
+        manifest: Manifest,
+        state: ShardedState,
+        before: Callable[[], None] = _nothing,
+        after: Callable[[], None] = _nothing,
     ) -> None:
         """Begin to write a checkpoint, as every rank must, once the one before has been written.
 
         `state` must not change any more. `token` is drawn for this save, the same on all ranks. Rank 0 calls
-        `then` in its thread when the checkpoint is complete.
+        `before` and `after` in its thread: right before the checkpoint becomes complete, and right after.
 
         Raises:
             CheckpointError: the one before could not be written.
         """
         self.wait()
-        self._pending = self._pool.submit(self._write, path, token, manifest, state, then)
+        self._pending = self._pool.submit(self._write, path, token, manifest, state, before, after)
 
     def check(self) -> None:
         """Go on without waiting.
 
         Raises:
-            CheckpointError: the write has failed. What `then` raises is raised here too.
+            CheckpointError: the write has failed.
+            MissingShardError: another rank's part is not there. What `before` and `after` raise is raised here too.
         """
         if self._pending is not None and self._pending.done():
             self.wait()
@@ -63,9 +78,16 @@ class Writer:
             pending.result()
 
     def _write(
-        self, path: Folder, token: str, manifest: Manifest, state: ShardedState, then: Callable[[], None] | None
+        self,
+        path: Folder,
+        token: str,
+        manifest: Manifest,
+        state: ShardedState,
+        before: Callable[[], None],
+        after: Callable[[], None],
     ) -> None:
         files = [checkpoint.shard_file(rank, self._workers, token) for rank in range(self._workers)]
+        reach("shard", manifest.step)
         try:
             content = checkpoint.serialized(state.own)
             digest = hashlib.sha256(content).hexdigest()
@@ -75,13 +97,14 @@ class Writer:
                 return
             digests = [digest] + [self._digest_of(path, file) for file in files[1:]]
             shards = [Shard(file=file, sha256=digest) for file, digest in zip(files, digests, strict=True)]
+            before()
+            reach("manifest", manifest.step)
             path.write(MANIFEST, manifest.completed(shards).model_dump_json(indent=1).encode())
             for name in set(path.names()) - {MANIFEST, *files}:
                 path.delete(name)
         except OSError as error:
             raise CheckpointError(f"checkpoint {path} cannot be written: {reason(error)}") from error
-        if then is not None:
-            then()
+        after()
 
     def _digest_of(self, path: Folder, file: str) -> str:
         """What another rank leaves beside its shard, when that is whole."""
@@ -89,7 +112,7 @@ class Writer:
         deadline, pause = time.monotonic() + patience_s, _FIRST_PAUSE_S
         while (content := path.read(_digest_file(file))) is None:
             if time.monotonic() > deadline:
-                raise CheckpointError(f"checkpoint {path} still lacks {file} after {patience_s:g} s")
+                raise MissingShardError(f"checkpoint {path} still lacks {file} after {patience_s:g} s")
             time.sleep(pause)
             pause = min(1.5 * pause, _LONGEST_PAUSE_S)
         return content.decode()

@@ -11,7 +11,7 @@ from typing import ParamSpec
 
 import click
 
-from orchestrator.errors import TrainingError, UserError
+from orchestrator.errors import Interrupted, TrainingError, UserError
 
 # Each command imports what it needs: `--help` and a typing error should not wait seconds for torch and Ray.
 
@@ -33,6 +33,9 @@ def _told_plainly(command: Callable[P, None]) -> Callable[P, None]:
         except OSError as error:
             print(f"rayduce: {error.filename or 'files'}: {error.strerror or error}", file=sys.stderr)
             sys.exit(2)
+        except Interrupted as stop:
+            print(f"rayduce: {stop}", file=sys.stderr)
+            sys.exit(128 + stop.signal)
         except KeyboardInterrupt:
             sys.exit(130)
 
@@ -50,31 +53,28 @@ def main() -> None:
 @main.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", metavar="[KEY.SUB=VALUE]...", nargs=-1)
-@click.option("--resume", is_flag=True, help="Continue the newest run of this name from its last checkpoint.")
 @_told_plainly
-def train(config: Path, overrides: tuple[str, ...], resume: bool) -> None:
+def train(config: Path, overrides: tuple[str, ...]) -> None:
     """Train what CONFIG describes, truncating its states on the way.
 
     CONFIG is a YAML file; KEY.SUB=VALUE replaces one of its settings by a YAML value. Training runs on the Ray
-    cluster that RAY_ADDRESS names, else on this machine. Every run gets a folder of its own below `storage`
-    (NAME, NAME-2, ...) with metrics, plans, checkpoints, figures and a report. Ctrl-C stops a run.
+    cluster that RAY_ADDRESS names, else on this machine. The run's folder below `storage` is called like the
+    run (`name`) and holds metrics, plans, checkpoints, figures and a report.
+
+    The same command continues a run that was interrupted from its last complete checkpoint, and leaves a finished
+    one as it is. Ctrl-C or SIGTERM stops a run with a checkpoint; a second one ends it at once.
 
     \b
     Examples:
       rayduce train configs/quickstart.yaml
-      rayduce train configs/quickstart.yaml truncation.target.dim=8 train.steps=1000
-      rayduce train configs/quickstart.yaml --resume
+      rayduce train configs/quickstart.yaml name=smaller truncation.target.dim=8 train.steps=1000
     """
     from orchestrator.config import load_config
 
     run_config = load_config(config, overrides)
     from orchestrator import launch
 
-    try:
-        launch.train(run_config, resume)
-    except KeyboardInterrupt:
-        print("rayduce: interrupted; train --resume continues from the last checkpoint", file=sys.stderr)
-        raise
+    launch.train(run_config)
 
 
 @main.command()

@@ -187,6 +187,7 @@ class ClusterConfig(_Part):
         "auto", description="What computes recurrences: torch, C++ on CPUs, Triton or mamba_ssm on GPUs."
     )
     timeout_s: int = Field(300, ge=1, le=86400, description="How long workers wait for each other, in seconds.")
+    max_failures: int = Field(3, ge=0, description="Lost workers or nodes after which training goes on by itself.")
 
     @model_validator(mode="after")
     def _something_to_offload(self) -> ClusterConfig:
@@ -318,7 +319,7 @@ class RunConfig(_Part):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-# A resumed run may differ from its checkpoint in these; anything else would make it another run.
+# A run may continue with other values of these; anything else would make it another run.
 RESUMABLE = (
     "storage",
     "data_root",
@@ -393,22 +394,29 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
+def differences(config: RunConfig, saved: dict[str, Any]) -> list[str]:
+    """What makes `config` another run than the one that was started with `saved`: each key with both values."""
+    # Through the schema, so that a setting that is newer than the checkpoint has its default there.
+    before = parse_config(saved)
+    now, then = (dict(flatten(part.model_dump(mode="json"))) for part in (config, before))
+    return [
+        f"{key} (was {then.get(key)!r}, is {now.get(key)!r})"
+        for key in sorted(now.keys() | then.keys())
+        if now.get(key) != then.get(key) and not any(key == r or key.startswith(r + ".") for r in RESUMABLE)
+    ]
+
+
 def refuse_other_run(config: RunConfig, saved: dict[str, Any]) -> None:
     """Check that `config` may continue a run that was started with `saved`.
 
     Raises:
         UserError: names every key that differs and may not.
     """
-    # Through the schema, so that a setting that is newer than the checkpoint has its default there.
-    before = parse_config(saved)
-    now, then = (dict(flatten(part.model_dump(mode="json"))) for part in (config, before))
-    changed = [
-        f"{key} (was {then.get(key)!r}, is {now.get(key)!r})"
-        for key in sorted(now.keys() | then.keys())
-        if now.get(key) != then.get(key) and not any(key == r or key.startswith(r + ".") for r in RESUMABLE)
-    ]
-    if changed:
-        raise UserError(f"run {config.name} cannot be resumed with another value of {', '.join(changed)}")
+    if changed := differences(config, saved):
+        raise UserError(
+            f"run {config.storage / config.name} cannot continue with another value of {', '.join(changed)}; "
+            "another name= starts a new run"
+        )
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:

@@ -5,7 +5,8 @@ number of workers, and sends a spectrum. Once ranks are decided the owners send 
 everyone gets as one plan.
 
 The driver owns the actor, so it outlives worker restarts and dies with the driver. It is also where rank 0
-leaves what the driver shows and records.
+leaves what the driver shows and records, and hears whether the driver wants an end. Should the actor's process die, Ray
+starts it again; it knows of no attempt then, so it refuses everyone until a new group of workers begins one.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from compression.planning import (
     solve_layer,
 )
 from compression.truncation import Solution
-from orchestrator.events import Event
+from orchestrator.events import Event, Lost
 from orchestrator.group import Group
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ Stage = Literal["spectra", "reductions"]
 
 
 class StaleAttemptError(RuntimeError):
-    """A worker of a dead attempt asked for a plan."""
+    """A worker of a dead attempt asked for something."""
 
 
 @dataclass(frozen=True)
@@ -82,17 +83,23 @@ class Coordinator:
         self._meetings: dict[tuple[int, Stage], _Meeting] = {}
         self._previous: TruncationPlan | None = None
         self._events: list[Event] = []
+        self._published = self._taken = self._recorded = 0  # how many events so far; the driver records what it took
+        self._stop = False
 
-    async def begin_attempt(self, workers: int, previous: TruncationPlan | None = None) -> int:
-        """A new group of workers takes over; returns its number (from 1). Older groups are refused from now on.
+    async def begin_attempt(self, attempt: int, workers: int, previous: TruncationPlan | None = None) -> None:
+        """A new group of workers takes over. Groups with lower numbers are refused from now on.
 
         `previous` is the plan of the last probe that its state has been through, if any.
+
+        Raises:
+            StaleAttemptError: a later group has already begun.
         """
-        self._attempt += 1
+        if attempt < self._attempt:
+            raise StaleAttemptError(f"attempt {attempt} begins, but attempt {self._attempt} is on")
+        self._attempt = attempt
         self._workers = workers
         self._previous = previous
         self._meetings.clear()
-        return self._attempt
 
     async def decide(
         self, sender: Sender, layers: Mapping[int, Submission] | Failure
@@ -129,9 +136,8 @@ class Coordinator:
     async def _meet(
         self, stage: Stage, sender: Sender, layers: Mapping[int, Any] | Failure, settle: Callable[[dict[int, Any]], Any]
     ) -> Any:
-        attempt, step = sender.occasion.attempt, sender.occasion.step
-        if attempt != self._attempt:
-            raise StaleAttemptError(f"rank {sender.rank} asks for attempt {attempt}, but attempt {self._attempt} is on")
+        self._refuse_stale(sender.occasion.attempt, sender.rank)
+        step = sender.occasion.step
         if (step, stage) not in self._meetings:
             self._meetings[step, stage] = _Meeting(asyncio.get_running_loop().create_future())
         meeting = self._meetings[step, stage]
@@ -160,14 +166,46 @@ class Coordinator:
                 meeting.answer.set_result(keep_everything(sender.dims, sender.occasion, reason))
         return await asyncio.shield(meeting.answer)
 
-    async def publish(self, events: Sequence[Event]) -> None:
-        """Leave events for the driver. A sender that waits for this keeps them in order."""
-        self._events.extend(events)
+    async def publish(self, attempt: int, events: Sequence[Event]) -> bool:
+        """Leave rank 0's events for the driver; whether the driver wants the run to stop.
 
-    async def drain(self) -> list[Event]:
-        """All events since the last call."""
+        A sender that waits for this keeps the events in order.
+
+        Raises:
+            StaleAttemptError: the attempt has been superseded.
+        """
+        self._refuse_stale(attempt, 0)
+        self._events.extend(events)
+        self._published += len(events)
+        return self._stop
+
+    async def lost(self, reason: str) -> None:
+        """Ray Train's controller says why it starts the workers again."""
+        self._events.append(Lost(reason))
+        self._published += 1
+
+    async def drain(self, stop: bool) -> list[Event]:
+        """All events since the last call, which are recorded by now; with `stop`, the workers are told to end."""
+        self._stop = stop
+        self._recorded, self._taken = self._taken, self._published
         events, self._events = self._events, []
         return events
+
+    async def recorded(self, attempt: int) -> None:
+        """Wait until the driver has recorded all that has been published by now.
+
+        Raises:
+            StaleAttemptError: the attempt has been superseded.
+        """
+        self._refuse_stale(attempt, 0)
+        published = self._published
+        while self._recorded < published:
+            await asyncio.sleep(0.02)
+            self._refuse_stale(attempt, 0)
+
+    def _refuse_stale(self, attempt: int, rank: int) -> None:
+        if attempt != self._attempt:
+            raise StaleAttemptError(f"rank {rank} is of attempt {attempt}, but attempt {self._attempt} is on")
 
 
 def coordinate(

@@ -22,6 +22,7 @@ from models.registry import LanguageTask, Task, build_mixer, build_model
 from models.scan import backends
 from orchestrator.config import RunConfig, TrainConfig
 from orchestrator.data.batches import Batch
+from orchestrator.failpoints import reach
 from orchestrator.group import Group
 from orchestrator.sharded_state import ShardedState, States, parameter_groups
 from orchestrator.zero import EngineState, avoid_impossible_builds, forget_engines, gathered, partition, whole_shape
@@ -129,7 +130,9 @@ class Engine:
 
     def reshape(self, plan: TruncationPlan) -> None:
         """Apply a plan to masters, moments and model; the engine is built again around the smaller model."""
-        self.restore(plan.dims_after, self._read(plan))
+        state = self._read(plan)
+        reach("rebuild", plan.step)
+        self.restore(plan.dims_after, state)
 
     def restore(self, state_dims: Sequence[int], state: ShardedState) -> None:
         """Build the engine again, with these dimensions, around a state that has them."""

@@ -8,7 +8,6 @@ from typing import Any
 
 from compression.plan import TruncationPlan
 from orchestrator.config import RunConfig
-from orchestrator.filesystem import Folder
 
 
 @dataclass(frozen=True)
@@ -17,7 +16,6 @@ class Job:
 
     config: RunConfig
     folder: Path
-    resume_from: Folder | None
     coordinator: Any
 
 
@@ -82,11 +80,32 @@ class Saved:
 
 @dataclass(frozen=True)
 class Started:
-    """The training loop begins after `step`, which is 0 unless the run was resumed."""
+    """A group of workers begins after `step`, which is 0 unless there was a checkpoint; its cuts are those so far.
+
+    `reservation` is Ray's placement group of the workers.
+    """
 
     step: int
+    checkpoint: str | None
+    cuts: list[CutRecord]
+    dims: list[int]
     parameters: int
     scans: str
+    reservation: Any
 
 
-Event = Measured | Probed | RolledBack | Saved | Started
+@dataclass(frozen=True)
+class Stopped:
+    """The workers have ended after `step` and saved it, because the driver asked them to."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The group of workers is gone, and why; Ray Train starts another."""
+
+    reason: str
+
+
+Event = Lost | Measured | Probed | RolledBack | Saved | Started | Stopped

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import threading
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import ray
 from compression.plan import TruncationPlan
 from orchestrator.config import RunConfig
 from orchestrator.errors import TrainingError
-from orchestrator.events import CutRecord, Event, Measured, Probed, RolledBack, Saved, Started
+from orchestrator.events import CutRecord, Event, Lost, Measured, Probed, RolledBack, Saved, Started, Stopped
 from orchestrator.run_folder import plan_path
 from orchestrator.terminal import Terminal, count, dims, duration
 from orchestrator.tracking import Tracker
@@ -33,12 +32,13 @@ class Follower:
         coordinator: Any,
         tracker: Tracker,
         terminal: Terminal,
-        cuts: Sequence[CutRecord],
     ) -> None:
-        self.cuts = list(cuts)
-        """Of the whole run, those before it was resumed included."""
+        self.cuts: list[CutRecord] = []
+        """Of the whole run, those before it was continued included."""
         self.checkpoint: str | None = None
         self.step = 0
+        self.stopped: int | None = None
+        """The step after which the workers have ended early, as they were asked to."""
         self.failure: Exception | None = None
         """What ended the recording, if anything did; nobody would read the rest of the training."""
         self._config = config
@@ -50,8 +50,24 @@ class Follower:
         self._recent: deque[dict[str, float]] = deque(maxlen=10)
         self._val_loss: float | None = None
         self._stop = threading.Event()
+        self._end_workers = False
+        self._reservation: Any = None
         self._thread = threading.Thread(target=self._follow, name="follower", daemon=True)
         self._thread.start()
+
+    def end_workers(self) -> bool:
+        """Have the workers save and end after the next step that they report; False where they know already."""
+        known, self._end_workers = self._end_workers, True
+        return not known
+
+    def release(self) -> None:
+        """Give back what the workers of a dead controller occupied, and end those that are left.
+
+        Ray keeps a reservation for as long as the driver lives, and what Ray Train has to clean up needs the dashboard.
+        """
+        if self._reservation is not None:
+            ray.util.remove_placement_group(self._reservation)
+            self._reservation = None
 
     def stop(self) -> None:
         """Take what is left and end."""
@@ -70,18 +86,23 @@ class Follower:
             self.failure = error
 
     def _take(self) -> None:
-        events: list[Event] = ray.get(self._coordinator.drain.remote())
-        for event in events:
-            self._handle(event)
+        events: list[Event]
+        while events := ray.get(self._coordinator.drain.remote(self._end_workers)):
+            for event in events:
+                self._handle(event)
         if self._recent:
             self._terminal.progress(self._progress())
 
     def _handle(self, event: Event) -> None:
         match event:
-            case Started(step, parameters, scans):
-                self.step = step
-                how = f"resumed after step {step}" if step else "started"
+            case Started(step, checkpoint, cuts, sizes, parameters, scans, reservation):
+                self._reservation = reservation
+                self.step, self.checkpoint, self.cuts, self._dims = step, checkpoint, list(cuts), [*sizes]
+                self._recent.clear()
+                how = f"continued after step {step}" if step else "started"
                 self._terminal.line(f"{how}: {count(parameters)} parameters, {self._config.train.steps} steps, {scans}")
+            case Lost(reason):
+                self._terminal.line(f"workers lost after step {self.step} ({reason}); starting them again")
             case Measured(step, metrics):
                 self._tracker.log(step, metrics)
                 if "train_loss" in metrics:
@@ -109,6 +130,8 @@ class Follower:
                 )
             case Saved(_, path):
                 self.checkpoint = path
+            case Stopped(step):
+                self.stopped = step
 
     def _progress(self) -> str:
         """Speeds are medians of the last steps: one slow step should not make the ETA jump."""

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def limit_waiting(timeout_s: float) -> None:
+    """Have every process group give up on a missing worker after this long.
+
+    Ray Train says so for the group that it sets up; those that DeepSpeed makes have torch's default of half an hour.
+    """
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 class DisagreementError(RuntimeError):
@@ -41,6 +52,12 @@ class Group:
         tensor = tensor.to(self.device)
         dist.broadcast(tensor, src=source)
         return tensor
+
+    def from_first(self, value: Any) -> Any:
+        """What rank 0 gives, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
 
     def gather_digests(self, digest: str) -> list[str]:
         """Every worker's SHA-256 digest, by rank, as hexadecimal."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -24,12 +25,13 @@ from orchestrator.data import arrow
 from orchestrator.data.batches import Batch, TrainBatches, validation_batches
 from orchestrator.data.sources import prepare
 from orchestrator.engine import Engine, learning_rate
-from orchestrator.events import CutRecord, Event, Job, Measured, Probed, RolledBack, Saved, Started
+from orchestrator.events import CutRecord, Event, Job, Measured, Probed, RolledBack, Saved, Started, Stopped
+from orchestrator.failpoints import reach
 from orchestrator.filesystem import Folder
-from orchestrator.group import Group
+from orchestrator.group import Group, limit_waiting
 from orchestrator.guard import Watch
 from orchestrator.retention import prune
-from orchestrator.run_folder import last_plan, write_plan
+from orchestrator.run_folder import drop_plans_after, last_plan, next_attempt, write_plan
 from orchestrator.storage import checkpoints_of
 
 
@@ -65,44 +67,62 @@ class Worker:
         self.checkpoints = checkpoints_of(job.folder, config.checkpoints.storage, config.checkpoints.retry_s)
         self.uncut = self.checkpoints / "uncut"
         self.writer = Writer(self.group.rank, self.group.size, config.cluster.timeout_s)
-        self.engine = self._start(job.resume_from, description.task)
-        self.attempt = self._begin_attempt()
+        self.stopping = False
+        self.attempt, step = self.group.from_first(self._take_over() if self.group.rank == 0 else None)
+        self.resumed_from = checkpoint.at(self.checkpoints, step) if step else None
+        self.engine = self._start(description.task)
+        limit_waiting(config.cluster.timeout_s)
         self.pending: list[tuple[int, torch.Tensor, float]] = []  # step, loss, seconds
 
     def run(self) -> None:
         config = self.config
-        self._publish([Started(self.step, self.engine.parameter_count, self.engine.scans)])
+        engine = self.engine
+        path = str(self.resumed_from) if self.resumed_from else None
+        cuts, dims = self.truncations, list(engine.state_dims)
+        reservation = ray.util.get_current_placement_group()
+        self._publish([Started(self.step, path, cuts, dims, engine.parameter_count, engine.scans, reservation)])
         train, probes = config.train, set(config.probe_steps)
-        while self.step < train.steps:
+        stop = self._stop_wanted()
+        while self.step < train.steps and not stop:
             self.step += 1
             self._train_step()
             self.writer.check()
+            reach("step", self.step)
             last = self.step == train.steps
             probe = self.step in probes and self._may_cut()
             evaluate = last or self.step % train.eval_every == 0
-            if probe or evaluate or self.step % train.log_every == 0:
+            due = last or self.step % train.checkpoint_every == 0
+            report = due or probe or evaluate or self.step % train.log_every == 0
+            if report:
                 self._report_losses()
             cut = probe and self._probe()
             if evaluate and not cut:
                 self._measure(self._evaluate())
-            if last or cut or self.step % train.checkpoint_every == 0:
+            stop = report and not last and self._stop_wanted()
+            if due or cut or stop:
                 self._save(after_cut=cut)
         self.writer.wait()
+        if stop:
+            self._publish([Stopped(self.step)])
         self.engine.close()
 
-    def _begin_attempt(self) -> int:
-        """Rank 0 announces this group of workers to the coordinator and tells the others its number."""
-        number = torch.zeros(1, dtype=torch.int64)
-        if self.group.rank == 0:
-            previous = last_plan(self.folder, self.step)
-            number += ray.get(self.coordinator.begin_attempt.remote(self.group.size, previous))
-        return int(self.group.broadcast(number, 0))
+    def _take_over(self) -> tuple[int, int]:
+        """Rank 0 begins a new attempt, which older groups of workers are refused from then on.
 
-    def _start(self, path: Folder | None, task: Task) -> Engine:
-        config = self.config
+        Returns its number and the step of the last complete checkpoint, which is verified; 0 where there is none.
+        """
+        path = checkpoint.newest(self.checkpoints)
+        step = checkpoint.verify(path).step if path else 0
+        drop_plans_after(self.folder, step)
+        attempt, previous = next_attempt(self.folder), last_plan(self.folder, step)
+        ray.get(self.coordinator.begin_attempt.remote(attempt, self.group.size, previous))
+        return attempt, step
+
+    def _start(self, task: Task) -> Engine:
+        config, path = self.config, self.resumed_from
         if path is None:
             return Engine(config, task, config.model.state_dims, self.group)
-        manifest = checkpoint.read_manifest(path)  # the driver has verified the checkpoint
+        manifest = checkpoint.read_manifest(path)
         engine = Engine(config, task, manifest.state_dims, self.group)
         engine.load(checkpoint.load(path, manifest, self.group))
         self.step, self.watch, self.val_loss = manifest.step, manifest.watch, manifest.val_loss
@@ -121,7 +141,11 @@ class Worker:
         self.pending.append((self.step, loss, time.perf_counter() - started))
 
     def _report_losses(self) -> None:
-        """One reduction for all losses since the last report, because each costs a round trip."""
+        """One reduction for all losses since the last report, because each costs a round trip.
+
+        Raises:
+            FloatingPointError: a loss is NaN or infinite, on every worker; where a guard watches, it decides instead.
+        """
         started = time.perf_counter()
         losses = self.group.mean([loss for _, loss, _ in self.pending])
         times = [seconds for _, _, seconds in self.pending]
@@ -139,6 +163,9 @@ class Worker:
             }
             events.append(Measured(step, metrics))
         self._publish(events)
+        lost = [step for loss, (step, _, _) in zip(losses, self.pending, strict=True) if not math.isfinite(loss)]
+        if lost and self.watch is None:
+            raise FloatingPointError(f"the training loss of step {lost[0]} is no number; train.lr may be too high")
         self.pending.clear()
 
     def _probe(self) -> bool:
@@ -148,6 +175,7 @@ class Worker:
         assert rule is not None
         steps = range(self.step, self.step - self.probe_batches, -1)
         statistics = self.engine.statistics(self.batches.at(step) for step in steps)
+        reach("statistics", self.step)
         occasion = Occasion(self.step, self.attempt, probes.index(self.step) + 1, len(probes))
         plan = coordinate(self.coordinator, rule, occasion, statistics, self.group)
         seconds = time.perf_counter() - started
@@ -164,8 +192,10 @@ class Worker:
             self.watch = Watch(step=self.step, before=before[guard.metric], evaluations_left=guard.patience + 1)
             self.val_loss = before["val_loss"]
             self._write_checkpoint(self.uncut, after_cut=False)
+        reach("plan", self.step)
         started = time.perf_counter()
         self.engine.reshape(plan)
+        reach("reshape", self.step)
         self.group.prove_equal(f"the parameters after the cut at step {self.step}", self.engine.checksum())
         seconds += time.perf_counter() - started
         after = self._evaluate()
@@ -239,17 +269,24 @@ class Worker:
         path, watching = checkpoint.at(self.checkpoints, self.step), self.watch is not None
         saved = Saved(self.step, str(path))
 
-        def complete() -> None:
-            self._publish([saved])
+        def before() -> None:
+            # What a run continues from must not be ahead of its metrics: nobody would measure those steps again.
+            ray.get(self.coordinator.recorded.remote(self.attempt))
+
+        def after() -> None:
+            ray.get(self.coordinator.publish.remote(self.attempt, [saved]))
             prune(self.checkpoints, saved.step, self.config.checkpoints)
             if not watching:
-                # Not before: a run that resumes from an earlier checkpoint may still be watching.
+                # Last, because a run that continues from a checkpoint that is still watching needs it.
                 checkpoint.delete(self.uncut)
 
-        self._write_checkpoint(path, after_cut, complete)
+        self._write_checkpoint(path, after_cut, before, after)
 
-    def _write_checkpoint(self, path: Folder, after_cut: bool, then: Callable[[], None] | None = None) -> None:
-        """Begin to write; training waits for the checkpoint before this one, and for the copy of its state."""
+    def _write_checkpoint(self, path: Folder, after_cut: bool, *around: Callable[[], None]) -> None:
+        """Begin to write; training waits for the checkpoint before this one, and for the copy of its state.
+
+        `around`: what rank 0 does before and after the checkpoint becomes complete.
+        """
         self.writer.wait()
         state = self.engine.state()
         manifest = Manifest(
@@ -267,9 +304,13 @@ class Worker:
             data_sha256=self.data_sha256,
         )
         token = self.group.broadcast(torch.tensor([secrets.randbits(63)]), 0)
-        self.writer.save(path, f"{int(token):016x}", manifest, state, then)
+        self.writer.save(path, f"{int(token):016x}", manifest, state, *around)
 
     def _publish(self, events: list[Event]) -> None:
         if self.group.rank == 0:
             # Waiting keeps the events in order, and a coordinator that died does not go unnoticed.
-            ray.get(self.coordinator.publish.remote(events))
+            self.stopping = ray.get(self.coordinator.publish.remote(self.attempt, events))
+
+    def _stop_wanted(self) -> bool:
+        """Whether the driver wants an end, as rank 0 has just heard: all ranks stop after the same step."""
+        return bool(self.group.broadcast(torch.tensor([float(self.stopping)]), 0))

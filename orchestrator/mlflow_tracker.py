@@ -46,6 +46,7 @@ class MlflowTracker:
         self._run_id: str | None = None
         self._connected = threading.Event()
         self._dead = False
+        self._deadline: float | None = None
         self._memory = memory
         self._warn = warn
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
@@ -58,7 +59,7 @@ class MlflowTracker:
     @property
     def run_id(self) -> str | None:
         """The run's id, once it is known; None where MLflow cannot be reached."""
-        self._connected.wait(PATIENCE_S)
+        self._connected.wait(self._patience())
         return self._run_id
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -74,9 +75,15 @@ class MlflowTracker:
         self._jobs.put(self._send_metrics)
         self._jobs.put(lambda: self._client.set_terminated(self._connected_run(), status=status))
         self._jobs.put(None)
-        self._thread.join(PATIENCE_S)
+        self._thread.join(self._patience())
         if self._thread.is_alive():
             self._fail(f"did not take everything within {PATIENCE_S:g} s")
+
+    def _patience(self) -> float:
+        """What is left of the time that the end of a run may wait for the server, from the first time it waits."""
+        if self._deadline is None:
+            self._deadline = time.monotonic() + PATIENCE_S
+        return max(0.0, self._deadline - time.monotonic())
 
     def _work(self) -> None:
         try:

@@ -87,22 +87,45 @@ def read_metrics(folder: Path) -> list[Json]:
     return [rows[step] for step in sorted(rows)]
 
 
-def write_plan(folder: Path, plan: TruncationPlan) -> None:
-    """Write a plan into its run's folder, complete or not at all."""
-    path = plan_path(folder, plan)
-    partial = path.with_suffix(".partial")
-    partial.write_text(plan.to_json() + "\n")
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, complete or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
     partial.rename(path)
+
+
+def next_attempt(folder: Path) -> int:
+    """A number for a group of workers that no earlier group of this run has had, from 1."""
+    path = folder / "attempt"
+    number = int(path.read_text()) + 1 if path.exists() else 1
+    write_whole(path, f"{number}\n")
+    return number
+
+
+def write_plan(folder: Path, plan: TruncationPlan) -> None:
+    write_whole(plan_path(folder, plan), plan.to_json() + "\n")
 
 
 def last_plan(folder: Path, step: int) -> TruncationPlan | None:
     """The newest plan up to and including `step`; of several attempts at one step, the latest."""
-    found = []
-    for path in folder.glob("plans/step-*-attempt-*.json"):
-        _, at, _, attempt = path.stem.split("-")
-        if int(at) <= step:
-            found.append((int(at), int(attempt), path))
+    found = [plan for plan in _plan_files(folder) if plan[0] <= step]
     return TruncationPlan.from_json(max(found)[2].read_text()) if found else None
+
+
+def drop_plans_after(folder: Path, step: int) -> None:
+    """Delete the plans of later steps, which are about to be trained again."""
+    for at, _, path in _plan_files(folder):
+        if at > step:
+            path.unlink()
+
+
+def _plan_files(folder: Path) -> list[tuple[int, int, Path]]:
+    """Step, attempt and file of every plan."""
+    files = []
+    for path in folder.glob("plans/step-*-attempt-*.json"):
+        _, step, _, attempt = path.stem.split("-")
+        files.append((int(step), int(attempt), path))
+    return files
 
 
 def plan_path(folder: Path, plan: TruncationPlan) -> Path:

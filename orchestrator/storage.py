@@ -1,26 +1,27 @@
-"""Which folder a run lives in: a new one, or the one that it continues."""
+"""A run's folder: who may write there, and what an earlier start has left in it."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from orchestrator.checkpoint import Manifest, newest, verify
-from orchestrator.config import RunConfig, refuse_other_run
+from orchestrator.checkpoint import Manifest, newest, read_manifest, verify
+from orchestrator.config import RunConfig, differences, refuse_other_run
 from orchestrator.errors import UserError
 from orchestrator.filesystem import Folder, reason
+from orchestrator.mlflow_tracker import MLFLOW_RUN
 
-
-@dataclass(frozen=True)
-class Earlier:
-    """A run to continue: its folder, its newest complete checkpoint, and that checkpoint's verified manifest."""
-
-    folder: Path
-    checkpoint: Folder
-    manifest: Manifest
+# Locked by the driver for as long as it lives; holds who that is.
+LOCK = "driver.lock"
 
 
 def checkpoints_of(run: Path, storage: str | None, retry_s: float = 0) -> Folder:
@@ -34,74 +35,91 @@ def checkpoints_of(run: Path, storage: str | None, retry_s: float = 0) -> Folder
     return Folder.of(storage, "checkpoints.storage", retry_s) / run.name
 
 
-def new_run(config: RunConfig) -> Path:
-    """A folder of its own for every run, and one for its checkpoints: NAME, NAME-2, NAME-3, …
+@contextmanager
+def run_folder(config: RunConfig) -> Iterator[Path]:
+    """The folder of the run, made where it is missing, and closed to other drivers for the duration of the block.
+
+    A `UserError` in the block means that nothing was started: a folder that was made for it is taken away again.
 
     Raises:
-        UserError: the storage, or that of the checkpoints, cannot be written.
+        UserError: another driver is at work there, or the storage, or that of the checkpoints, cannot be written.
     """
-    number = 1
-    while True:
-        folder = config.storage / (config.name if number == 1 else f"{config.name}-{number}")
-        if config.checkpoints.storage is not None and not _claim(checkpoints_of(folder, config.checkpoints.storage)):
-            number += 1
-            continue
-        try:
-            folder.mkdir(parents=True)
-            for part in ("plans", "logs", "checkpoints"):
-                (folder / part).mkdir()
-            return folder
-        except FileExistsError:
-            if not folder.is_dir():
-                raise UserError(f"storage {config.storage} cannot be written: {folder} is a file") from None
-            number += 1
-        except OSError as error:
-            raise UserError(f"storage {config.storage} cannot be written: {error.strerror}") from error
-
-
-def _claim(checkpoints: Folder) -> bool:
-    """Create the folder in the checkpoints' storage; False where another run's checkpoints lie in it."""
+    folder = config.storage / config.name
+    new = not folder.exists()
     try:
-        if checkpoints.names():
-            return False
+        for part in ("plans", "logs"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("a+")
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"storage {config.storage} cannot be written: {error.filename} is in the way") from error
+    except OSError as error:
+        raise UserError(f"storage {config.storage} cannot be written: {error.strerror}") from error
+    with lock:
+        try:
+            # The kernel's lock, on NFS too: it is gone with the process, however that ends.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise UserError(
+                f"run {folder} is being trained by {lock.read()}; wait for its end, or give this run another name="
+            ) from None
+        except OSError as error:
+            raise UserError(f"storage {config.storage} cannot be locked: {error.strerror}") from error
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        try:
+            _create(checkpoints_of(folder, config.checkpoints.storage))
+            yield folder
+        except UserError:
+            if new:
+                shutil.rmtree(folder)
+            raise
+
+
+def _create(checkpoints: Folder) -> None:
+    try:
         checkpoints.create()
     except OSError as error:
         raise UserError(
             f"checkpoints.storage: {checkpoints} cannot be written ({reason(error)}); it must be a folder or a bucket "
             "that exists and that you may write"
         ) from error
-    return True
 
 
-def earlier_run(config: RunConfig) -> Earlier:
-    """The newest run of this name that has a complete checkpoint.
+def earlier_start(config: RunConfig, folder: Path) -> Manifest | None:
+    """The verified manifest of the run's newest complete checkpoint; None where the run has to start over.
 
     Raises:
-        UserError: there is none, its checkpoint is missing or damaged, it is finished, or its config differs.
+        UserError: the checkpoint is damaged, or of a run with another config.
     """
-    pattern = re.compile(rf"{re.escape(config.name)}(?:-(\d+))?")
-    found = [
-        (int(match[1] or 1), path)
-        for path in (config.storage.iterdir() if config.storage.is_dir() else ())
-        if (match := pattern.fullmatch(path.name)) and _name_in(path / "config.yaml") == config.name
-    ]
-    if not found:
-        raise UserError(f"there is no run {config.name} in storage {config.storage} to resume")
-    places = [(number, folder, checkpoints_of(folder, config.checkpoints.storage)) for number, folder in found]
-    complete = [(number, folder, path) for number, folder, place in places if (path := newest(place))]
-    if not complete:
-        raise UserError(f"run {max(found)[1]} has no complete checkpoint; start it again without --resume")
-    _, folder, path = max(complete, key=lambda run: run[0])
-    manifest = verify(path)
-    refuse_other_run(config, manifest.config)
-    if manifest.step >= config.train.steps and (folder / "summary.json").exists():
-        raise UserError(f"run {folder} is finished: its last checkpoint is of step {manifest.step}")
-    return Earlier(folder, path, manifest)
-
-
-def _name_in(config: Path) -> str | None:
-    """NAME-2 may be the second run of NAME, or the first of a config that is called so."""
-    if not config.is_file():
+    path = newest(checkpoints_of(folder, config.checkpoints.storage))
+    if path is None:
         return None
-    content = yaml.safe_load(config.read_text())
-    return content.get("name") if isinstance(content, dict) else None
+    refuse_other_run(config, read_manifest(path).config)
+    return verify(path)
+
+
+def finished(config: RunConfig, folder: Path) -> dict[str, Any] | None:
+    """The summary of a run that has come to its end; None where it has not.
+
+    Raises:
+        UserError: the run that has ended is of another config.
+    """
+    path = folder / "summary.json"
+    if not path.exists():
+        return None
+    refuse_other_run(config, yaml.safe_load((folder / "config.yaml").read_text()))
+    summary: dict[str, Any] = json.loads(path.read_text())
+    return summary
+
+
+def start_over(config: RunConfig, folder: Path) -> None:
+    """Take away what a start without a complete checkpoint has left, so that nothing of it shows up later.
+
+    The MLflow run stays where the config is the same, so that a training has one.
+    """
+    (folder / "metrics.jsonl").unlink(missing_ok=True)
+    before = folder / "config.yaml"
+    if before.exists() and differences(config, yaml.safe_load(before.read_text())):
+        (folder / MLFLOW_RUN).unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config import RunConfig
-from orchestrator.run_folder import read_metrics, total_bounds
+from orchestrator.run_folder import read_metrics, total_bounds, write_whole
 from orchestrator.terminal import count, dims
 
 
@@ -57,7 +57,7 @@ def write_summary(
         "mlflow_run_id": mlflow_run_id,
         "checkpoint": checkpoint,
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 

@@ -28,14 +28,14 @@ import torch
 from compression.moments import ParameterState
 from orchestrator import checkpoint, launch
 from orchestrator.checkpoint import MANIFEST, CheckpointError, Manifest
-from orchestrator.checkpoint_writer import Writer
+from orchestrator.checkpoint_writer import MissingShardError, Writer
 from orchestrator.config import CheckpointsConfig, ClusterConfig, parse_config
 from orchestrator.errors import TrainingError, UserError
 from orchestrator.filesystem import Folder
 from orchestrator.group import Group
 from orchestrator.retention import kept, prune
 from orchestrator.sharded_state import ShardedState, assign_owners
-from orchestrator.storage import new_run
+from orchestrator.storage import run_folder
 
 SHAPES = {"embedding": (7, 3), "mixer.A": (4,), "mixer.B": (4, 5), "norm": (1,), "scalar": ()}
 TOKEN, OTHER = "0" * 15 + "1", "f" * 16
@@ -163,7 +163,7 @@ def test_it_is_absent_until_every_rank_has_written(folder: Folder) -> None:
     Writer(1, 2, 30).save(path, OTHER, manifest(5, 2), share(states(1), 1, 2))
     first, second = Writer(0, 2, 30), Writer(1, 2, 30)
     announced = threading.Event()
-    first.save(path, TOKEN, manifest(5, 2), share(whole, 0, 2), announced.set)
+    first.save(path, TOKEN, manifest(5, 2), share(whole, 0, 2), after=announced.set)
     time.sleep(0.3)
     first.check()
     assert checkpoint.newest(folder) is None
@@ -177,7 +177,7 @@ def test_it_is_absent_until_every_rank_has_written(folder: Folder) -> None:
 def test_a_rank_that_never_writes_is_named(folder: Folder) -> None:
     writer = Writer(0, 2, timeout_s=0.1)
     writer.save(checkpoint.at(folder, 5), TOKEN, manifest(5, 2), share(states(0), 0, 2))
-    with pytest.raises(CheckpointError, match=r"still lacks shard-00001-of-00002-\w+\.safetensors after 0\.1 s"):
+    with pytest.raises(MissingShardError, match=r"still lacks shard-00001-of-00002-\w+\.safetensors after 0\.1 s"):
         writer.wait()
     assert checkpoint.newest(folder) is None
 
@@ -229,7 +229,7 @@ def test_errors_of_the_thread_surface_and_the_next_save_waits(folder: Folder) ->
         order.append("first")
         raise ValueError("what follows")
 
-    writer.save(checkpoint.at(folder, 1), TOKEN, manifest(1), share(states(0), 0, 1), fails)
+    writer.save(checkpoint.at(folder, 1), TOKEN, manifest(1), share(states(0), 0, 1), after=fails)
     writer.check()
     assert order == []
     with pytest.raises(ValueError, match="what follows"):
@@ -402,10 +402,13 @@ def test_a_damaged_checkpoint_is_not_deleted_for_its_loss(folder: Folder) -> Non
 def test_storage_that_cannot_be_used_is_refused_in_one_sentence(
     small_run: dict[str, Any], storage: str, words: str
 ) -> None:
-    with pytest.raises(UserError, match=words) as refused:
-        new_run(parse_config(small_run | {"checkpoints": {"storage": storage}}))
+    with (
+        pytest.raises(UserError, match=words) as refused,
+        run_folder(parse_config(small_run | {"checkpoints": {"storage": storage}})),
+    ):
+        pytest.fail("the run began")
     assert "\n" not in str(refused.value)
-    assert not Path(small_run["storage"]).exists()
+    assert list(Path(small_run["storage"]).iterdir()) == []
 
 
 # What must not be loaded to use a model; importing any of it fails there.
@@ -418,7 +421,7 @@ print(load_model(sys.argv[1]).state_dims, load_model(sys.argv[2]).state_dims)
 
 
 @pytest.mark.cluster
-def test_a_run_keeps_its_checkpoints_on_s3_resumes_there_and_is_loaded_from_there(
+def test_a_run_on_s3_continues_though_its_machine_is_gone_and_is_loaded_from_there(
     server: Server, small_run: dict[str, Any], tmp_path: Path
 ) -> None:
     """Through the command, as a person starts it; the model without Ray, DeepSpeed or MLflow."""
@@ -439,7 +442,8 @@ def test_a_run_keeps_its_checkpoints_on_s3_resumes_there_and_is_loaded_from_ther
     ended = checkpoint.load_values(checkpoint.at(folder, 12), checkpoint.verify(checkpoint.at(folder, 12)))
 
     checkpoint.delete(checkpoint.at(folder, 12))
-    command(rayduce, "train", str(path), "--resume")
+    shutil.rmtree(run)
+    assert "continued after step 7" in command(rayduce, "train", str(path))
     again = checkpoint.load_values(checkpoint.at(folder, 12), checkpoint.verify(checkpoint.at(folder, 12)))
     assert all(torch.equal(again[name], value) for name, value in ended.items())
 
@@ -473,14 +477,6 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_training_in_one_sentence(
 
 def test_a_bucket_that_does_not_exist_is_refused(server: Server, small_run: dict[str, Any]) -> None:
     small_run["checkpoints"] = {"storage": server.uri.replace("bucket", "pail")}
-    with pytest.raises(UserError, match=r"checkpoints\.storage: s3://pail/checkpoints/small cannot be written"):
-        new_run(parse_config(small_run))
-
-
-def test_no_run_takes_the_place_of_anothers_checkpoints(folder: Folder, small_run: dict[str, Any]) -> None:
-    if not folder.is_local:
-        pytest.skip("the same for all places")
-    write(folder / "small", 5)
-    config = parse_config(small_run | {"checkpoints": {"storage": str(folder)}})
-    assert new_run(config).name == "small-2"
-    assert new_run(config).name == "small-3"
+    words = r"checkpoints\.storage: s3://pail/checkpoints/small cannot be written"
+    with pytest.raises(UserError, match=words), run_folder(parse_config(small_run)):
+        pytest.fail("the run began")

@@ -19,16 +19,13 @@ from orchestrator.guard import Watch
 from orchestrator.inference import load_model
 from orchestrator.run_folder import last_plan, read_metrics
 from orchestrator.storage import checkpoints_of
+from tests.runs import losses
 
 
 def finished(raw: dict[str, Any], **changes: Any) -> tuple[Path, dict[str, Any]]:
     config = parse_config(raw | changes)
     summary = launch.train(config)
     return config.storage / config.name, summary
-
-
-def losses(folder: Path) -> dict[int, float]:
-    return {row["step"]: row["train_loss"] for row in read_metrics(folder) if "train_loss" in row}
 
 
 def newest(run: Path) -> Folder:
@@ -96,7 +93,7 @@ def test_a_cut_that_recovers_stays(small_run: dict[str, Any], local_ray: None) -
 
 
 @pytest.mark.cluster
-def test_a_settled_ranking_is_cut_and_a_resumed_run_knows_how_long_it_has_been_quiet(
+def test_a_settled_ranking_is_cut_and_a_continued_run_knows_how_long_it_has_been_quiet(
     small_run: dict[str, Any], local_ray: None, tmp_path: Path
 ) -> None:
     small_run["truncation"] = {
@@ -127,7 +124,7 @@ def test_a_settled_ranking_is_cut_and_a_resumed_run_knows_how_long_it_has_been_q
     kept = [line for line in (copy / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] <= 5]
     (copy / "metrics.jsonl").write_text("\n".join(kept) + "\n")
     (copy / "summary.json").unlink()
-    launch.train(parse_config(small_run | {"storage": str(copy.parent)}), resume=True)
+    launch.train(parse_config(small_run | {"storage": str(copy.parent)}))
     assert losses(copy) == losses(folder)
     assert last_plan(copy, 12) is not None
     assert [layer.quiet for layer in last_plan(copy, 12).layers] == [2, 2]  # type: ignore[union-attr]

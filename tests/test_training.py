@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,19 +19,19 @@ import mlflow
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from compression.plan import StateSelection, TruncationPlan
 from models.heads import SequenceModel
 from models.registry import LanguageTask, build_model
 from orchestrator import checkpoint, launch
-from orchestrator.config import RunConfig, TrackingConfig, parse_config
+from orchestrator.config import RunConfig, parse_config
 from orchestrator.data.batches import TrainBatches
-from orchestrator.data.sources import TextFiles, prepare
+from orchestrator.data.sources import prepare
 from orchestrator.errors import TrainingError, UserError
 from orchestrator.mlflow_tracker import MLFLOW_RUN
 from orchestrator.run_folder import read_metrics
-from orchestrator.storage import checkpoints_of, earlier_run, new_run
+from orchestrator.storage import checkpoints_of
+from tests.runs import losses, plans, saved
 
 pytestmark = pytest.mark.cluster
 Finished = tuple[RunConfig, Path, str]
@@ -52,19 +51,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Finished
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     return parse_config(raw), root / "runs" / "small", done.stdout
-
-
-def losses(folder: Path) -> dict[int, float]:
-    return {row["step"]: row["train_loss"] for row in read_metrics(folder)}
-
-
-def plans(folder: Path) -> list[TruncationPlan]:
-    return [TruncationPlan.from_json(path.read_text()) for path in sorted((folder / "plans").glob("*.json"))]
-
-
-def saved(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    shards = (folder / "checkpoints" / f"step-{step:08d}").glob("*.safetensors")
-    return {key: tensor for shard in shards for key, tensor in load_file(shard).items()}
 
 
 def test_a_run_leaves_everything_a_person_needs(finished: Finished) -> None:
@@ -238,88 +224,6 @@ def test_a_machine_without_a_compiler_trains_too(small_run: dict[str, Any], tmp_
     assert "not found" in done.stdout
 
 
-def interrupted(finished: Finished, storage: Path, after: int) -> Path:
-    """A copy of the finished run as if it had been killed after `after` steps."""
-    _, folder, _ = finished
-    copy = storage / folder.name
-    shutil.copytree(folder, copy)
-    for path in (copy / "checkpoints").iterdir():
-        if int(path.name.removeprefix("step-")) > after:
-            shutil.rmtree(path)
-    rows = [line for line in (copy / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] <= after]
-    (copy / "metrics.jsonl").write_text("\n".join(rows) + '\n{"step": 6, "train_l')
-    for path in (copy / "plans").glob("step-00000007*"):
-        path.unlink()
-    (copy / "summary.json").unlink()
-    return copy
-
-
-def test_resuming_equals_never_having_stopped(finished: Finished, local_ray: None, tmp_path: Path) -> None:
-    config, folder, _ = finished
-    resumed = interrupted(finished, tmp_path, after=5)
-    same_server = TrackingConfig(mlflow_uri=f"sqlite:///{config.storage / 'mlflow.db'}")
-    config = config.model_copy(update={"storage": tmp_path, "tracking": same_server})
-    summary = launch.train(config, resume=True)
-    assert losses(resumed) == losses(folder)  # bit by bit, the cut at step 7 included
-    assert [plan.dims_after for plan in plans(resumed)] == [(8, 8), (4, 4)]
-    ended, expected = saved(resumed, 12), saved(folder, 12)
-    assert ended.keys() == expected.keys()
-    assert all(torch.equal(ended[key], expected[key]) for key in expected)
-    original = json.loads((folder / "summary.json").read_text())
-    assert [cut["step"] for cut in summary["truncations"]] == [3, 7]
-    assert summary["mlflow_run_id"] == original["mlflow_run_id"]
-
-
-def test_what_cannot_be_resumed_is_refused_by_name(finished: Finished, tmp_path: Path) -> None:
-    config, _, _ = finished
-    config = config.model_copy(update={"storage": tmp_path})
-    with pytest.raises(UserError, match="no run small in storage"):
-        launch.train(config, resume=True)
-    folder = interrupted(finished, tmp_path, after=5)
-    other = config.model_copy(update={"seed": 5})
-    with pytest.raises(UserError, match=r"seed \(was 0, is 5\)"):
-        launch.train(other, resume=True)
-    (shard,) = (folder / "checkpoints" / "step-00000005").glob("shard-00001-of-00002-*.safetensors")
-    content = bytearray(shard.read_bytes())
-    content[-3] ^= 1
-    shard.write_bytes(content)
-    with pytest.raises(UserError, match=r"shard-00001-of-00002-\w+\.safetensors is damaged"):
-        launch.train(config, resume=True)
-    manifest = folder / "checkpoints" / "step-00000005" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"step": 5', '"step": 6', 1))
-    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
-        launch.train(config, resume=True)
-    complete = folder / "checkpoints" / "step-00000003"
-    complete.rename(complete.with_name("step-00000003.partial"))
-    shutil.rmtree(folder / "checkpoints" / "step-00000005")
-    with pytest.raises(UserError, match="no complete checkpoint"):
-        launch.train(config, resume=True)
-
-
-def test_resuming_refuses_other_data(finished: Finished, tmp_path: Path) -> None:
-    config, _, _ = finished
-    interrupted(finished, tmp_path / "runs", after=5)
-    assert isinstance(config.data, TextFiles)
-    text = config.data.path.read_bytes()
-    config.data.path.write_bytes(text + b"another page")
-    try:
-        with pytest.raises(UserError, match="is not what it was trained on"):
-            launch.train(config.model_copy(update={"storage": tmp_path / "runs"}), resume=True)
-    finally:
-        config.data.path.write_bytes(text)
-
-
-def test_every_run_has_a_folder_of_its_own_and_the_newest_is_resumed(finished: Finished, tmp_path: Path) -> None:
-    config, _, _ = finished
-    config = config.model_copy(update={"storage": tmp_path})
-    first = interrupted(finished, tmp_path, after=5)
-    assert new_run(config) == tmp_path / "small-2"  # and never got as far as a checkpoint
-    assert earlier_run(config).folder == first
-    other = config.model_copy(update={"name": "small-2"})
-    with pytest.raises(UserError, match="no run small-2"):
-        earlier_run(other)
-
-
 @pytest.fixture
 def mlflow_server(tmp_path: Path) -> Iterator[tuple[str, int]]:
     with socket.socket() as probe:
@@ -392,3 +296,4 @@ def test_diverged_training_fails_in_one_sentence(small_run: dict[str, Any], loca
     with pytest.raises(TrainingError, match=r"training failed .*layer 0 at step 3: .*diverged.*ray\.log") as failed:
         launch.train(parse_config(small_run))
     assert "\n" not in str(failed.value)
+    assert (Path(small_run["storage"]) / "small" / "attempt").read_text() == "1\n"  # not tried again

@@ -1,0 +1,108 @@
+"""One run, held at a named point of its life, with one of its processes killed there by SIGKILL."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.runs import start, wait_until
+
+# A process of the run, as `ps` shows it. `worker` is the one that is held; `other` is the one that is not, which has
+# gone on into the next collective: into the middle of a reshape, for example.
+TITLES = {"coordinator": "ray::Coordinator", "controller": "ray::TrainController", "other": "ray::RayTrainWorker"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a disturbed run has ended, and how long it took from the signal on."""
+
+    code: int
+    output: str
+    errors: str
+    seconds: float
+
+
+def disturbed(raw: dict[str, Any], victim: str, point: str, step: int, with_: signal.Signals) -> Outcome:
+    """Run `raw` to its end, with a signal to one of its processes; a killed driver is started again."""
+    held = Path(raw["storage"]).parent / "held"
+    driver = start(raw, RAYDUCE_HOLD=f"{point}@{step}={held}")
+    wait_until(lambda: (held.exists() and held.read_text()) or driver.poll() is not None, f"{point} at step {step}")
+    assert driver.poll() is None, driver.communicate()
+    time.sleep(0.5)  # for the others to go on until they need the one that is held
+    os.kill(_process(driver, victim, int(held.read_text())), with_)
+    held.with_name("held.go").touch()
+    signalled = time.monotonic()
+    sessions = [driver.pid]
+    if victim == "driver":
+        driver.wait()
+        driver = start(raw)  # at once, though its workers may still be dying
+        sessions.append(driver.pid)
+    output, errors = driver.communicate(timeout=400)
+    seconds = time.monotonic() - signalled
+    # Of a killed driver's, Ray's own agents take longest: they ask for a while where the rest has gone.
+    wait_until(lambda: not any(_left(session) for session in sessions), "all processes end")
+    return Outcome(driver.returncode, output, errors, seconds)
+
+
+def _process(driver: subprocess.Popen[str], victim: str, held: int) -> int:
+    if victim == "driver":
+        return driver.pid
+    if victim == "worker":
+        return held
+    found = [pid for pid, title in _left(driver.pid) if title.startswith(TITLES[victim]) and pid != held]
+    assert len(found) == 1, found
+    return found[0]
+
+
+def _left(session: int) -> list[tuple[int, str]]:
+    """Process id and title of everything that lives in the session of a driver."""
+    listing = subprocess.run(["ps", "-o", "pid=,stat=,args=", "-s", str(session)], capture_output=True, text=True)
+    rows = [line.split(maxsplit=2) for line in listing.stdout.splitlines()]
+    return [(int(pid), title) for pid, state, title in rows if not state.startswith("Z")]
+
+
+@contextmanager
+def shared_cluster() -> Iterator[str]:
+    """A Ray cluster of its own session, which drivers come to and leave again; its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ray_ = str(Path(sys.executable).with_name("ray"))
+    # In a folder of its own, short enough for sockets: from the usual one, any other Ray would learn of this cluster.
+    folder = tempfile.mkdtemp(prefix="ray")
+    command = [ray_, "start", "--head", "--block", "--num-cpus=2", f"--port={port}", "--node-ip-address=127.0.0.1"]
+    command.append(f"--temp-dir={folder}")
+    head = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        wait_until(lambda: any("raylet" in title for _, title in _left(head.pid)), "the cluster is up", within=120)
+        yield f"127.0.0.1:{port}"
+    finally:
+        os.killpg(head.pid, signal.SIGTERM)
+        head.wait(timeout=60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def actors_alive(address: str) -> list[str]:
+    """Class names, seen by a driver that comes for this alone; without the two that Ray Train detaches.
+
+    One is the cluster's own, the other ends when it learns from the dashboard that its controller has gone.
+    """
+    code = f"""
+import ray, ray._private.state as state
+ray.init({address!r}, logging_level="ERROR", log_to_driver=False)
+print(*[actor["ActorClassName"] for actor in state.actors().values() if actor["State"] != "DEAD"])
+"""
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    detached = {"_AutoscalingCoordinatorActor", "PlacementGroupCleaner"}
+    return [name for name in asked.stdout.split() if name not in detached]

@@ -1,0 +1,157 @@
+"""Whatever process is killed at whatever point, the run ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import torch
+
+from tests.chaos.harness import actors_alive, disturbed, shared_cluster
+from tests.conftest import small_run as small_run_fixture
+from tests.runs import losses, plans, saved, start, wait_until
+
+pytestmark = pytest.mark.cluster
+STEPS = 12
+POINTS = {  # where a worker is held, and what that is: the cuts are at steps 3 and 7, and a checkpoint is due at 5
+    "before the first checkpoint": ("step", 2),
+    "between two probes": ("step", 6),
+    "while statistics are gathered": ("statistics", 7),
+    "once the plan is agreed": ("plan", 7),
+    "in the middle of the reshape": ("rebuild", 7),
+    "right after the reshape": ("reshape", 7),
+    "while its part of a checkpoint is written": ("shard", 5),
+    "before the checkpoint is complete": ("manifest", 5),
+}
+VICTIMS = ("worker", "other", "coordinator", "controller", "driver")
+QUICK = {  # one at each point
+    ("driver", "before the first checkpoint"),
+    ("controller", "between two probes"),
+    ("coordinator", "while statistics are gathered"),
+    ("worker", "once the plan is agreed"),
+    ("other", "in the middle of the reshape"),
+    ("worker", "right after the reshape"),
+    ("worker", "while its part of a checkpoint is written"),
+    ("driver", "before the checkpoint is complete"),
+}
+
+
+def cases() -> Iterator[Any]:
+    for stage in (2, 0, 1, 3):
+        for victim, when in itertools.product(VICTIMS, POINTS):
+            quick = stage == 2 and (victim, when) in QUICK
+            name = f"ZeRO-{stage}, {victim}, {when}"
+            yield pytest.param(stage, victim, when, marks=[] if quick else pytest.mark.chaos, id=name)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Callable[[int], Path]:
+    """The folder of a run with a ZeRO stage to which nothing happens."""
+
+    @functools.cache
+    def run(stage: int) -> Path:
+        raw = small_run_fixture.__wrapped__(tmp_path_factory.mktemp("undisturbed"), corpus)
+        raw["cluster"]["zero_stage"] = stage
+        driver = start(raw)
+        output, said = driver.communicate(timeout=400)
+        assert driver.returncode == 0, output + said
+        return Path(raw["storage"]) / raw["name"]
+
+    return run
+
+
+@pytest.fixture
+def tracked(small_run: dict[str, Any]) -> dict[str, Any]:
+    small_run["tracking"] = {"mlflow": True, "mlflow_uri": f"sqlite:///{small_run['storage']}/mlflow.db"}
+    small_run["cluster"]["timeout_s"] = 30
+    return small_run
+
+
+@pytest.mark.parametrize(("stage", "victim", "when"), cases())
+def test_a_run_survives(
+    stage: int,
+    victim: str,
+    when: str,
+    tracked: dict[str, Any],
+    undisturbed: Callable[[int], Path],
+    table: list[tuple[str, str, str]],
+) -> None:
+    reference = undisturbed(stage)
+    tracked["cluster"]["zero_stage"] = stage
+    outcome = disturbed(tracked, victim, *POINTS[when], signal.SIGKILL)
+    same = outcome.code == 0 and ends_like(tracked, reference)
+    table.append((f"ZeRO-{stage}, {victim}, {when}", f"{outcome.seconds:.0f}", "to the last bit" if same else "NO"))
+    assert outcome.code == 0, outcome.output + outcome.errors
+    assert same
+
+
+def ends_like(raw: dict[str, Any], undisturbed: Path) -> bool:
+    """Losses, weights and moments, to the last bit; the rest of what the run leaves is asserted."""
+    folder = Path(raw["storage"]) / raw["name"]
+    summary, expected = (json.loads((path / "summary.json").read_text()) for path in (folder, undisturbed))
+    ended, reference = saved(folder, STEPS), saved(undisturbed, STEPS)
+    assert ended.keys() == reference.keys()
+    assert summary["final_dims"] == expected["final_dims"] == [4, 4]
+    assert summary["val_loss_final"] == expected["val_loss_final"]
+    assert [cut["step"] for cut in summary["truncations"]] == [3, 7]
+    assert [plan.dims_after for plan in plans(folder)] == [(8, 8), (4, 4)]
+    client = mlflow.MlflowClient(raw["tracking"]["mlflow_uri"])
+    experiment = client.get_experiment_by_name("rayduce")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert (run.info.status, run.info.run_id) == ("FINISHED", summary["mlflow_run_id"])
+    return losses(folder) == losses(undisturbed) and all(torch.equal(ended[key], reference[key]) for key in reference)
+
+
+@pytest.mark.chaos
+def test_a_worker_that_hangs_is_lost(tracked: dict[str, Any], undisturbed: Callable[[int], Path]) -> None:
+    """It answers nobody, but its connections stay open: only `cluster.timeout_s` tells."""
+    outcome = disturbed(tracked, "other", *POINTS["once the plan is agreed"], signal.SIGSTOP)
+    assert outcome.code == 0, outcome.output + outcome.errors
+    assert ends_like(tracked, undisturbed(2))
+
+
+@pytest.mark.chaos
+def test_after_too_many_failures_the_same_command_continues(
+    tracked: dict[str, Any], undisturbed: Callable[[int], Path]
+) -> None:
+    tracked["cluster"]["max_failures"] = 0
+    outcome = disturbed(tracked, "worker", *POINTS["once the plan is agreed"], signal.SIGKILL)
+    assert outcome.code == 1
+    (sentence,) = outcome.errors.splitlines()
+    assert sentence.startswith("rayduce: training failed after step 7: ")
+    again = start(tracked)
+    output, errors = again.communicate(timeout=400)
+    assert again.returncode == 0, output + errors
+    assert ends_like(tracked, undisturbed(2))
+
+
+@pytest.mark.chaos
+def test_a_killed_driver_leaves_nothing_on_a_shared_cluster(
+    small_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # the head would make a token that its drivers have to be told
+    small_run["train"]["steps"] = 100_000
+    with shared_cluster() as address:
+        driver = start(small_run, RAY_ADDRESS=address)
+        folder = Path(small_run["storage"]) / "small"
+        wait_until(lambda: driver.poll() is not None or len(list(folder.glob("plans/*.json"))) == 2, "two plans")
+        assert driver.poll() is None, driver.communicate()
+        driver.kill()
+        driver.communicate()
+        wait_until(lambda: actors_alive(address) == [], "all actors end", within=60)
+        again = start(small_run, RAY_ADDRESS=address)
+        assert again.stdout is not None
+        while "continued after step" not in (line := again.stdout.readline()):
+            assert line, again.communicate()
+        again.send_signal(signal.SIGTERM)
+        again.communicate(timeout=120)
+        assert again.returncode == 128 + signal.SIGTERM
+        wait_until(lambda: actors_alive(address) == [], "all actors end", within=60)

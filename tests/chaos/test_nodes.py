@@ -1,0 +1,112 @@
+"""A machine is lost, or more come: the run goes on with those that there are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ray.cluster_utils import Cluster
+
+from tests.runs import losses, plans, saved, start, wait_until
+
+pytestmark = [pytest.mark.cluster, pytest.mark.chaos]
+
+
+@pytest.fixture
+def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the worker that is held in the middle of the second reshape leaves its process id."""
+    monkeypatch.setenv("RAYDUCE_HOLD", f"rebuild@7={tmp_path / 'held'}")
+    return tmp_path / "held"
+
+
+@pytest.fixture
+def cluster(held: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head that computes nothing and two nodes of one CPU each; workers get their environment from these."""
+    folder = tempfile.mkdtemp(prefix="ray")  # Ray would tell every other driver on this machine of the usual one
+    monkeypatch.setenv("RAY_TMPDIR", folder)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    for _ in range(2):
+        cluster.add_node(num_cpus=1)
+    yield cluster
+    cluster.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def lose_node_of(cluster: Cluster, process: int) -> None:
+    parent = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    [node] = [node for node in cluster.worker_nodes if node.all_processes["raylet"][0].process.pid == parent]
+    cluster.remove_node(node, allow_graceful=False)
+
+
+def ended(raw: dict[str, Any], cluster: Cluster, held: Path, spare: bool) -> Path:
+    """The folder of a run that loses a node, with another one in its place or not."""
+    driver = start(raw, RAY_ADDRESS=cluster.address)
+    wait_until(lambda: (held.exists() and held.read_text()) or driver.poll() is not None, "a worker is held")
+    assert driver.poll() is None, driver.communicate()
+    if spare:
+        cluster.add_node(num_cpus=1)
+    lose_node_of(cluster, int(held.read_text()))
+    held.with_name("held.go").touch()
+    output, errors = driver.communicate(timeout=400)
+    assert driver.returncode == 0, output + errors
+    return Path(raw["storage"]) / raw["name"]
+
+
+def undisturbed(raw: dict[str, Any], cluster: Cluster, held: Path) -> Path:
+    held.write_text("nobody else is held")
+    raw = raw | {"name": "undisturbed"}
+    driver = start(raw, RAY_ADDRESS=cluster.address)
+    output, errors = driver.communicate(timeout=400)
+    assert driver.returncode == 0, output + errors
+    return Path(raw["storage"]) / raw["name"]
+
+
+def test_another_node_takes_over(small_run: dict[str, Any], cluster: Cluster, held: Path) -> None:
+    folder = ended(small_run, cluster, held, spare=True)
+    reference = undisturbed(small_run, cluster, held)
+    assert losses(folder) == losses(reference)
+    state, expected = saved(folder, 12), saved(reference, 12)
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
+
+
+def test_an_elastic_run_goes_on_with_fewer_workers(small_run: dict[str, Any], cluster: Cluster, held: Path) -> None:
+    """The global batch is the same, so the losses are too, but for the order in which floats are added."""
+    small_run["cluster"]["workers"] = {"min": 1, "max": 2}
+    folder = ended(small_run, cluster, held, spare=False)
+    cluster.add_node(num_cpus=1)
+    reference = undisturbed(small_run, cluster, held)
+    assert [len(list((folder / "checkpoints" / f"step-{step:08d}").glob("*.safetensors"))) for step in (5, 12)] == [
+        2,
+        1,
+    ]
+    assert [plan.dims_after for plan in plans(folder)] == [plan.dims_after for plan in plans(reference)]
+    assert losses(folder) == pytest.approx(losses(reference), rel=1e-3)
+    summaries = [json.loads((path / "summary.json").read_text()) for path in (folder, reference)]
+    assert summaries[0]["final_dims"] == summaries[1]["final_dims"] == [4, 4]
+    assert summaries[0]["val_loss_final"] == pytest.approx(summaries[1]["val_loss_final"], rel=1e-3)
+
+
+def test_an_elastic_run_takes_a_node_that_comes_later(small_run: dict[str, Any], cluster: Cluster, held: Path) -> None:
+    held.write_text("nobody is held")
+    small_run["cluster"]["workers"] = {"min": 1, "max": 3}
+    small_run["train"] |= {"steps": 100_000, "checkpoint_every": 50}
+    driver = start(small_run, RAY_ADDRESS=cluster.address)
+    folder = Path(small_run["storage"]) / small_run["name"] / "checkpoints"
+
+    def saved_by(workers: int) -> bool:
+        return driver.poll() is not None or any(folder.glob(f"*/shard-*-of-{workers:05d}-*"))
+
+    wait_until(lambda: saved_by(2), "two workers have saved")
+    cluster.add_node(num_cpus=1)
+    wait_until(lambda: saved_by(3), "three workers have saved")
+    assert driver.poll() is None, driver.communicate()
+    driver.kill()
+    driver.wait()

@@ -1,0 +1,49 @@
+"""Whole runs as the tests start them, and what they leave behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from compression.plan import TruncationPlan
+from orchestrator.run_folder import read_metrics
+
+
+def start(raw: dict[str, Any], **environment: str) -> subprocess.Popen[str]:
+    """`rayduce train` as a process of its own session, as a person at a terminal starts it."""
+    config = Path(raw["storage"]).parent / f"{raw['name']}.yaml"
+    config.write_text(yaml.safe_dump(raw))
+    command = [str(Path(sys.executable).with_name("rayduce")), "train", str(config)]
+    pipe = subprocess.PIPE
+    env = os.environ | environment
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True, env=env)
+
+
+def wait_until(condition: Callable[[], object], what: str, within: float = 240) -> None:
+    deadline = time.monotonic() + within
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {within:g} s"
+        time.sleep(0.02)
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {row["step"]: row["train_loss"] for row in read_metrics(folder) if "train_loss" in row}
+
+
+def plans(folder: Path) -> list[TruncationPlan]:
+    return [TruncationPlan.from_json(path.read_text()) for path in sorted((folder / "plans").glob("*.json"))]
+
+
+def saved(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """Every parameter and moment of a checkpoint."""
+    shards = (folder / "checkpoints" / f"step-{step:08d}").glob("*.safetensors")
+    return {key: tensor for shard in shards for key, tensor in load_file(shard).items()}

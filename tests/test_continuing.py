@@ -1,0 +1,187 @@
+"""One command for a run: it starts it, continues it after an interruption, and leaves a finished one alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from orchestrator import launch
+from orchestrator.config import RunConfig, parse_config
+from orchestrator.data.sources import TextFiles
+from orchestrator.errors import UserError
+from orchestrator.mlflow_tracker import MLFLOW_RUN
+from orchestrator.storage import run_folder
+from tests.conftest import small_run as small_run_fixture
+from tests.runs import losses, plans, saved, start, wait_until
+
+pytestmark = pytest.mark.cluster
+Finished = tuple[RunConfig, Path]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path, local_ray: None) -> Finished:
+    raw = small_run_fixture.__wrapped__(tmp_path_factory.mktemp("run"), corpus)
+    database = f"sqlite:///{Path(raw['storage']) / 'mlflow.db'}"  # stays the same for copies of the run
+    config = parse_config(raw | {"tracking": {"mlflow_uri": database}})
+    launch.train(config)
+    return config, config.storage / config.name
+
+
+def interrupted(finished: Finished, storage: Path, after: int) -> tuple[RunConfig, Path]:
+    """A copy of the finished run as if its driver had been killed after `after` steps."""
+    config, folder = finished
+    copy = storage / folder.name
+    shutil.copytree(folder, copy)
+    for path in (copy / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) > after:
+            shutil.rmtree(path)
+    rows = [line for line in (copy / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] <= after + 1]
+    (copy / "metrics.jsonl").write_text("\n".join(rows) + '\n{"step": 6, "train_l')
+    (copy / "summary.json").unlink()
+    return config.model_copy(update={"storage": storage}), copy
+
+
+def same_end(folder: Path, reference: Path, step: int) -> bool:
+    ended, expected = saved(folder, step), saved(reference, step)
+    return ended.keys() == expected.keys() and all(torch.equal(ended[key], expected[key]) for key in expected)
+
+
+def test_continuing_equals_never_having_stopped(finished: Finished, tmp_path: Path) -> None:
+    _, reference = finished
+    config, folder = interrupted(finished, tmp_path, after=5)
+    summary = launch.train(config)
+    assert losses(folder) == losses(reference)  # bit by bit, the cut at step 7 included
+    assert [plan.dims_after for plan in plans(folder)] == [(8, 8), (4, 4)]
+    assert [plan.attempt for plan in plans(folder)] == [1, 2]
+    assert same_end(folder, reference, 12)
+    original = json.loads((reference / "summary.json").read_text())
+    assert [cut["step"] for cut in summary["truncations"]] == [3, 7]
+    assert summary["mlflow_run_id"] == original["mlflow_run_id"]
+
+
+def test_a_run_without_a_complete_checkpoint_starts_over(finished: Finished, tmp_path: Path) -> None:
+    """In the same folder, and whatever of the first start is not trained again is gone."""
+    _, reference = finished
+    config, folder = interrupted(finished, tmp_path, after=12)
+    for path in list((folder / "checkpoints").iterdir()):
+        path.rename(path.with_name(path.name + ".partial"))
+    with (folder / "metrics.jsonl").open("a") as metrics:
+        metrics.write('\n{"step": 99, "val_loss": 0.0}\n')
+    summary = launch.train(config)
+    assert losses(folder) == losses(reference)
+    assert {plan.attempt for plan in plans(folder)} == {2}
+    assert same_end(folder, reference, 12)
+    assert summary["val_loss_final"] == json.loads((reference / "summary.json").read_text())["val_loss_final"]
+    assert (folder / MLFLOW_RUN).read_text() == (reference / MLFLOW_RUN).read_text()
+
+
+def test_a_finished_run_is_not_trained_again(finished: Finished, capfd: pytest.CaptureFixture[str]) -> None:
+    config, folder = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != "driver.lock"}
+    assert launch.train(config) == json.loads((folder / "summary.json").read_text())
+    (line,) = capfd.readouterr().out.splitlines()
+    assert str(folder / "summary.json") in line
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    with pytest.raises(UserError, match=r"seed \(was 0, is 5\); another name= starts a new run"):
+        launch.train(config.model_copy(update={"seed": 5}))
+
+
+def test_what_cannot_continue_is_refused_by_name(finished: Finished, tmp_path: Path) -> None:
+    config, folder = interrupted(finished, tmp_path, after=5)
+    other = config.model_copy(update={"seed": 5, "train": config.train.model_copy(update={"lr": 1.0})})
+    with pytest.raises(UserError, match=r"seed \(was 0, is 5\), train\.lr \(was 0\.01, is 1\.0\); another name="):
+        launch.train(other)
+    checkpoint = folder / "checkpoints" / "step-00000005"
+    shard = checkpoint / "shard-00001-of-00002.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=r"shard-00001-of-00002\.safetensors is damaged"):
+        launch.train(config)
+    manifest = checkpoint / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"step": 5', '"step": 6', 1))
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        launch.train(config)
+
+
+def test_continuing_refuses_other_data(finished: Finished, tmp_path: Path) -> None:
+    config, _ = interrupted(finished, tmp_path, after=5)
+    assert isinstance(config.data, TextFiles)
+    text = config.data.path.read_bytes()
+    config.data.path.write_bytes(text + b"another page")
+    try:
+        with pytest.raises(UserError, match="is not what it was trained on"):
+            launch.train(config)
+    finally:
+        config.data.path.write_bytes(text)
+
+
+def test_a_folder_has_one_driver_at_a_time_until_that_is_killed(small_run: dict[str, Any]) -> None:
+    config = parse_config(small_run)
+    hold = "import sys, time; from orchestrator.config import *; from orchestrator.storage import *\n"
+    hold += "with run_folder(load_config(Path(sys.argv[1]))): print('held', flush=True); time.sleep(600)"
+    second = start(small_run)  # writes the config, and is refused or not: either way its folder is there afterwards
+    second.kill()
+    second.communicate()
+    path = config.storage.parent / "small.yaml"
+    first = subprocess.Popen([sys.executable, "-c", hold, str(path)], stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    assert first.stdout.readline() == "held\n"
+    second = start(small_run)
+    _, said = second.communicate(timeout=120)
+    assert second.returncode == 2
+    assert f"process {first.pid} on {socket.gethostname()}" in said
+    assert str(config.storage / "small") in said
+    assert said.count("\n") == 1
+    first.kill()
+    first.wait()
+    with run_folder(config):
+        pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_with_a_checkpoint(small_run: dict[str, Any], number: signal.Signals) -> None:
+    """To the whole session, as a terminal does; the same command continues from there."""
+    small_run["train"] |= {"steps": 600, "checkpoint_every": 1000, "eval_every": 1000}
+    folder = Path(small_run["storage"]) / "small"
+    driver = start(small_run)
+    wait_until(lambda: (folder / "plans").is_dir() and len(plans(folder)) == 2, "two plans")
+    os.killpg(driver.pid, number) if number == signal.SIGINT else driver.send_signal(number)
+    _, said = driver.communicate(timeout=120)
+    assert driver.returncode == 128 + number
+    assert not (folder / "summary.json").exists()
+    stopped = max(losses(folder))
+    assert f"stopped after step {stopped} of 600; the same command continues" in said
+    assert stopped < 600
+    assert saved(folder, stopped)
+    again = start(small_run)
+    shown, said = again.communicate(timeout=240)
+    assert again.returncode == 0, said
+    assert f"continued after step {stopped}" in shown
+    assert list(losses(folder)) == list(range(1, 601))
+    assert json.loads((folder / "summary.json").read_text())["final_dims"] == [4, 4]
+
+
+def test_a_second_signal_ends_at_once(small_run: dict[str, Any]) -> None:
+    small_run["train"] |= {"steps": 100_000, "log_every": 100_000, "checkpoint_every": 100_000}
+    folder = Path(small_run["storage"]) / "small"
+    driver = start(small_run)
+    wait_until(lambda: (folder / "checkpoints" / "step-00000007").is_dir(), "the second cut")
+    assert driver.stdout is not None
+    driver.send_signal(signal.SIGINT)
+    while "stopping" not in driver.stdout.readline():
+        pass
+    driver.send_signal(signal.SIGTERM)
+    _, said = driver.communicate(timeout=60)
+    assert driver.returncode == 128 + signal.SIGTERM
+    assert "ended at once; the same command continues from the last checkpoint" in said

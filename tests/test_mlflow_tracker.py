@@ -1,0 +1,67 @@
+"""Servers that hang or answer 500, over a real socket: never the run's problem."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from orchestrator import mlflow_tracker
+from orchestrator.mlflow_tracker import MlflowTracker
+
+
+@contextmanager
+def server(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    for method in ("GET", "POST", "PATCH"):
+        setattr(Handler, f"do_{method}", lambda self: answer(self))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        http.daemon_threads, http.block_on_close = True, False
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http.server_port}"
+        http.shutdown()
+
+
+def track(uri: str, folder: Path) -> tuple[list[str], float, float]:
+    """A run of 200 steps: the warnings, the longest that a step waited, and how long the end took."""
+    warnings: list[str] = []
+    tracker = MlflowTracker(uri, "rayduce", folder, "run", {"seed": 0}, folder / "mlflow.json", warnings.append)
+    longest = 0.0
+    for step in range(200):
+        before = time.perf_counter()
+        tracker.log(step, {"train_loss": 1.0})
+        tracker.artifact(folder / "plan.json", "plans")
+        longest = max(longest, time.perf_counter() - before)
+        time.sleep(0.01)
+    before = time.perf_counter()
+    assert tracker.run_id is None
+    tracker.close("FINISHED")
+    return warnings, longest, time.perf_counter() - before
+
+
+def test_a_server_that_hangs_costs_a_bounded_time_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlflow_tracker, "PATIENCE_S", 3.0)
+    with server(lambda request: time.sleep(60)) as uri:
+        warnings, longest, end = track(uri, tmp_path)
+    assert longest < 0.5
+    assert end < 4
+    (warning,) = warnings
+    assert f"MLflow at {uri} did not take everything within 3 s" in warning
+
+
+def test_a_server_that_fails_costs_one_warning(tmp_path: Path) -> None:
+    with server(lambda request: request.send_error(500)) as uri:
+        warnings, longest, end = track(uri, tmp_path)
+    assert longest < 0.5
+    assert end < mlflow_tracker.PATIENCE_S
+    (warning,) = warnings
+    assert warning.startswith(f"MLflow at {uri} failed (")
+    assert warning.endswith("nothing more is sent there; metrics.jsonl has everything")
