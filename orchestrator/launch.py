@@ -35,6 +35,7 @@ from orchestrator.storage import earlier_start, finished, run_folder, start_over
 from orchestrator.summary import describe_summary, write_summary
 from orchestrator.terminal import Terminal, chatter_to, duration
 from orchestrator.tracking import Tracker, tracking
+from orchestrator.worker import run_worker
 
 
 def train(config: RunConfig) -> dict[str, Any]:
@@ -131,22 +132,15 @@ def _fit(job: Job, follower: Follower, terminal: Terminal, stop: StopRequest) ->
         ) from error
 
 
-def _worker(job: Job) -> None:
-    if not job.config.cluster.use_gpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would take a GPU that it sees, whose is not ours
-    # Imported where it runs: the driver needs no DeepSpeed, whose import takes seconds and prints.
-    from orchestrator.loop import train_worker
-
-    train_worker(job)
-
-
 def _trainer(job: Job) -> TorchTrainer:
     cluster, workers = job.config.cluster, job.config.cluster.workers
     # How long Ray Train waits for a worker that does not answer, and for nodes; it has no other way to be told.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(cluster.timeout_s)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.timeout_s)
+    # An actor more per group of workers, to announce the loss of a node to workers that do not ask for it.
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     return TorchTrainer(
-        _worker,
+        run_worker,
         train_loop_config=job,
         scaling_config=ScalingConfig(
             num_workers=workers.min if workers.min == workers.max else (workers.min, workers.max),

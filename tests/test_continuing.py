@@ -102,11 +102,11 @@ def test_what_cannot_continue_is_refused_by_name(finished: Finished, tmp_path: P
     with pytest.raises(UserError, match=r"seed \(was 0, is 5\), train\.lr \(was 0\.01, is 1\.0\); another name="):
         launch.train(other)
     checkpoint = folder / "checkpoints" / "step-00000005"
-    shard = checkpoint / "shard-00001-of-00002.safetensors"
+    [shard] = checkpoint.glob("shard-00001-of-00002-*.safetensors")
     content = bytearray(shard.read_bytes())
     content[-3] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(UserError, match=r"shard-00001-of-00002\.safetensors is damaged"):
+    with pytest.raises(UserError, match=rf"{shard.name} is damaged"):
         launch.train(config)
     manifest = checkpoint / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"step": 5', '"step": 6', 1))

@@ -15,6 +15,11 @@ from orchestrator import mlflow_tracker
 from orchestrator.mlflow_tracker import MlflowTracker
 
 
+# A step that waited for an answer would wait for MLflow's own limit, 10 s and more; importing mlflow in a thread may hold
+# the interpreter for a good part of a second.
+NOT_WAITING_S = 5.0
+
+
 @contextmanager
 def server(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
@@ -51,7 +56,7 @@ def test_a_server_that_hangs_costs_a_bounded_time_at_the_end(tmp_path: Path, mon
     monkeypatch.setattr(mlflow_tracker, "PATIENCE_S", 3.0)
     with server(lambda request: time.sleep(60)) as uri:
         warnings, longest, end = track(uri, tmp_path)
-    assert longest < 0.5
+    assert longest < NOT_WAITING_S
     assert end < 4
     (warning,) = warnings
     assert f"MLflow at {uri} did not take everything within 3 s" in warning
@@ -60,7 +65,7 @@ def test_a_server_that_hangs_costs_a_bounded_time_at_the_end(tmp_path: Path, mon
 def test_a_server_that_fails_costs_one_warning(tmp_path: Path) -> None:
     with server(lambda request: request.send_error(500)) as uri:
         warnings, longest, end = track(uri, tmp_path)
-    assert longest < 0.5
+    assert longest < NOT_WAITING_S
     assert end < mlflow_tracker.PATIENCE_S
     (warning,) = warnings
     assert warning.startswith(f"MLflow at {uri} failed (")
