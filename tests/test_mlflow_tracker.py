@@ -14,7 +14,6 @@ import pytest
 from orchestrator import mlflow_tracker
 from orchestrator.mlflow_tracker import MlflowTracker
 
-
 # A step that waited for an answer would wait for MLflow's own limit, 10 s and more; importing mlflow in a thread may
 # hold the interpreter for a good part of a second.
 NOT_WAITING_S = 5.0
