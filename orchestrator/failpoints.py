@@ -1,6 +1,7 @@
 """Named points at which a test can hold a worker, to kill something exactly there.
 
-Nothing happens unless the environment variable RAYDUCE_HOLD is `POINT@STEP=FILE`.
+Nothing happens unless the environment variable RAYDUCE_HOLD names a folder. A file POINT@STEP in it arms that point,
+once.
 """
 
 from __future__ import annotations
@@ -9,18 +10,18 @@ import os
 import time
 from pathlib import Path
 
-_WHERE, _, _FILE = os.environ.get("RAYDUCE_HOLD", "").partition("=")
+_FOLDER = os.environ.get("RAYDUCE_HOLD")
 
 
 def reach(point: str, step: int) -> None:
-    """The first worker that comes by writes its process id to FILE, and waits until FILE.go is there."""
-    if not _WHERE or f"{point}@{step}" != _WHERE:
+    """The first worker that comes by an armed point leaves its process id, and waits to be let go."""
+    if _FOLDER is None:
         return
-    held = Path(_FILE)
+    armed = Path(_FOLDER, f"{point}@{step}")
     try:
-        with held.open("x") as file:
-            file.write(str(os.getpid()))
-    except FileExistsError:
+        held = armed.rename(f"{armed}.held")
+    except FileNotFoundError:
         return
-    while not held.with_name(held.name + ".go").exists():
+    held.write_text(str(os.getpid()))
+    while not Path(f"{armed}.go").exists():
         time.sleep(0.02)

@@ -1,7 +1,8 @@
-"""One run, held at a named point of its life, with one of its processes killed there by SIGKILL."""
+"""One run, held at named points of its life, with one of its processes killed at each by SIGKILL."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -24,35 +25,69 @@ TITLES = {"coordinator": "ray::Coordinator", "controller": "ray::TrainController
 
 
 @dataclass(frozen=True)
+class Strike:
+    """A signal to one process of a run, at the moment that a worker reaches a point of a step."""
+
+    victim: str
+    point: str
+    step: int
+    signal: signal.Signals = signal.SIGKILL
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """How a disturbed run has ended, and how long it took from the signal on."""
+    """How a disturbed run has ended, and how long it took from each strike to the next one's point, or to the end."""
 
     code: int
     output: str
     errors: str
-    seconds: float
+    seconds: list[float]
 
 
-def disturbed(raw: dict[str, Any], victim: str, point: str, step: int, with_: signal.Signals) -> Outcome:
-    """Run `raw` to its end, with a signal to one of its processes; a killed driver is started again."""
-    held = Path(raw["storage"]).parent / "held"
-    driver = start(raw, RAYDUCE_HOLD=f"{point}@{step}={held}")
-    wait_until(lambda: (held.exists() and held.read_text()) or driver.poll() is not None, f"{point} at step {step}")
-    assert driver.poll() is None, driver.communicate()
-    time.sleep(0.5)  # for the others to go on until they need the one that is held
-    os.kill(_process(driver, victim, int(held.read_text())), with_)
-    held.with_name("held.go").touch()
-    signalled = time.monotonic()
-    sessions = [driver.pid]
-    if victim == "driver":
-        driver.wait()
-        driver = start(raw)  # at once, though its workers may still be dying
-        sessions.append(driver.pid)
+class Points:
+    """Where workers are held: each point once. `folder` is what RAYDUCE_HOLD names."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+
+    def arm(self, point: str, step: int) -> None:
+        (self.folder / f"{point}@{step}").touch()
+
+    def held(self, driver: subprocess.Popen[str], point: str, step: int) -> int:
+        """Wait until a worker is held; its process id."""
+        file = self.folder / f"{point}@{step}.held"
+        wait_until(lambda: (file.exists() and file.read_text()) or driver.poll() is not None, f"{point} at step {step}")
+        assert driver.poll() is None, driver.communicate()
+        return int(file.read_text())
+
+    def let_go(self, point: str, step: int) -> None:
+        (self.folder / f"{point}@{step}.go").touch()
+
+
+def disturbed(raw: dict[str, Any], *strikes: Strike) -> Outcome:
+    """Run `raw` to its end through all strikes, in this order; a killed driver is started again."""
+    points = Points(Path(raw["storage"]).parent / "points")
+    for strike in strikes:
+        points.arm(strike.point, strike.step)
+    environment = {"RAYDUCE_HOLD": str(points.folder)}
+    driver = start(raw, **environment)
+    drivers, moments = [driver], []
+    for strike in strikes:
+        held = points.held(driver, strike.point, strike.step)
+        time.sleep(0.5)  # for the others to go on until they need the one that is held
+        os.kill(_process(driver, strike.victim, held), strike.signal)
+        points.let_go(strike.point, strike.step)
+        moments.append(time.monotonic())
+        if strike.victim == "driver":
+            driver.communicate()
+            driver = start(raw, **environment)  # at once, though its workers may still be dying
+            drivers.append(driver)
     output, errors = driver.communicate(timeout=400)
-    seconds = time.monotonic() - signalled
+    moments.append(time.monotonic())
     # Of a killed driver's, Ray's own agents take longest: they ask for a while where the rest has gone.
-    wait_until(lambda: not any(_left(session) for session in sessions), "all processes end")
-    return Outcome(driver.returncode, output, errors, seconds)
+    wait_until(lambda: not any(_left(ended.pid) for ended in drivers), "all processes end")
+    return Outcome(driver.returncode, output, errors, [b - a for a, b in itertools.pairwise(moments)])
 
 
 def _process(driver: subprocess.Popen[str], victim: str, held: int) -> int:
@@ -60,9 +95,13 @@ def _process(driver: subprocess.Popen[str], victim: str, held: int) -> int:
         return driver.pid
     if victim == "worker":
         return held
-    found = [pid for pid, title in _left(driver.pid) if title.startswith(TITLES[victim]) and pid != held]
-    assert len(found) == 1, found
-    return found[0]
+    # Of one that is dying from the strike before there may still be a trace.
+    wait_until(lambda: len(_named(driver, victim, held)) == 1, f"one {victim}", within=30)
+    return _named(driver, victim, held)[0]
+
+
+def _named(driver: subprocess.Popen[str], victim: str, held: int) -> list[int]:
+    return [pid for pid, title in _left(driver.pid) if title.startswith(TITLES[victim]) and pid != held]
 
 
 def _left(session: int) -> list[tuple[int, str]]:

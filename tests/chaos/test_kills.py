@@ -6,7 +6,7 @@ import functools
 import itertools
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,41 +14,31 @@ import mlflow
 import pytest
 import torch
 
-from tests.chaos.harness import actors_alive, disturbed, shared_cluster
+from tests.chaos.harness import Strike, actors_alive, disturbed, shared_cluster
 from tests.conftest import small_run as small_run_fixture
 from tests.runs import losses, plans, saved, start, wait_until
 
 pytestmark = pytest.mark.cluster
 STEPS = 12
-POINTS = {  # where a worker is held, and what that is: the cuts are at steps 3 and 7, and a checkpoint is due at 5
+POINTS = {  # where a worker is held, in the order of a run: the cuts are at steps 3 and 7, and a checkpoint is due at 5
     "before the first checkpoint": ("step", 2),
+    "while its part of a checkpoint is written": ("shard", 5),
+    "before the checkpoint is complete": ("manifest", 5),
     "between two probes": ("step", 6),
     "while statistics are gathered": ("statistics", 7),
     "once the plan is agreed": ("plan", 7),
     "in the middle of the reshape": ("rebuild", 7),
     "right after the reshape": ("reshape", 7),
-    "while its part of a checkpoint is written": ("shard", 5),
-    "before the checkpoint is complete": ("manifest", 5),
 }
 VICTIMS = ("worker", "other", "coordinator", "controller", "driver")
-QUICK = {  # one at each point
-    ("driver", "before the first checkpoint"),
-    ("controller", "between two probes"),
-    ("coordinator", "while statistics are gathered"),
-    ("worker", "once the plan is agreed"),
-    ("other", "in the middle of the reshape"),
-    ("worker", "right after the reshape"),
-    ("worker", "while its part of a checkpoint is written"),
-    ("driver", "before the checkpoint is complete"),
-}
+MIXED = ("driver", "worker", "driver", "controller", "coordinator", "worker", "other", "worker")  # one at each point
 
 
-def cases() -> Iterator[Any]:
-    for stage in (2, 0, 1, 3):
-        for victim, when in itertools.product(VICTIMS, POINTS):
-            quick = stage == 2 and (victim, when) in QUICK
-            name = f"ZeRO-{stage}, {victim}, {when}"
-            yield pytest.param(stage, victim, when, marks=[] if quick else pytest.mark.chaos, id=name)
+def runs() -> Iterator[Any]:
+    """Each run goes through a kill at every point, one after the other."""
+    yield pytest.param(2, MIXED, id="ZeRO-2, one at each point")
+    for stage, victim in itertools.product((0, 1, 2, 3), VICTIMS):
+        yield pytest.param(stage, (victim,) * len(POINTS), marks=pytest.mark.chaos, id=f"ZeRO-{stage}, {victim}")
 
 
 @pytest.fixture(scope="module")
@@ -74,20 +64,22 @@ def tracked(small_run: dict[str, Any]) -> dict[str, Any]:
     return small_run
 
 
-@pytest.mark.parametrize(("stage", "victim", "when"), cases())
+@pytest.mark.parametrize(("stage", "victims"), runs())
 def test_a_run_survives(
     stage: int,
-    victim: str,
-    when: str,
+    victims: Sequence[str],
     tracked: dict[str, Any],
     undisturbed: Callable[[int], Path],
     table: list[tuple[str, str, str]],
 ) -> None:
     reference = undisturbed(stage)
-    tracked["cluster"]["zero_stage"] = stage
-    outcome = disturbed(tracked, victim, *POINTS[when], signal.SIGKILL)
+    tracked["cluster"] |= {"zero_stage": stage, "max_failures": len(POINTS)}
+    strikes = [Strike(victim, *point) for victim, point in zip(victims, POINTS.values(), strict=True)]
+    outcome = disturbed(tracked, *strikes)
     same = outcome.code == 0 and ends_like(tracked, reference)
-    table.append((f"ZeRO-{stage}, {victim}, {when}", f"{outcome.seconds:.0f}", "to the last bit" if same else "NO"))
+    end = "to the last bit" if same else "NO"
+    for victim, when, seconds in zip(victims, POINTS, outcome.seconds, strict=True):
+        table.append((f"ZeRO-{stage}, {victim}, {when}", f"{seconds:.0f}", end))
     assert outcome.code == 0, outcome.output + outcome.errors
     assert same
 
@@ -113,7 +105,7 @@ def ends_like(raw: dict[str, Any], undisturbed: Path) -> bool:
 @pytest.mark.chaos
 def test_a_worker_that_hangs_is_lost(tracked: dict[str, Any], undisturbed: Callable[[int], Path]) -> None:
     """It answers nobody, but its connections stay open: only `cluster.timeout_s` tells."""
-    outcome = disturbed(tracked, "other", *POINTS["once the plan is agreed"], signal.SIGSTOP)
+    outcome = disturbed(tracked, Strike("other", *POINTS["once the plan is agreed"], signal.SIGSTOP))
     assert outcome.code == 0, outcome.output + outcome.errors
     assert ends_like(tracked, undisturbed(2))
 
@@ -123,7 +115,7 @@ def test_after_too_many_failures_the_same_command_continues(
     tracked: dict[str, Any], undisturbed: Callable[[int], Path]
 ) -> None:
     tracked["cluster"]["max_failures"] = 0
-    outcome = disturbed(tracked, "worker", *POINTS["once the plan is agreed"], signal.SIGKILL)
+    outcome = disturbed(tracked, Strike("worker", *POINTS["once the plan is agreed"]))
     assert outcome.code == 1
     (sentence,) = outcome.errors.splitlines()
     assert sentence.startswith("rayduce: training failed after step 7: ")

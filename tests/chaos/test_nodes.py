@@ -13,20 +13,24 @@ import pytest
 import torch
 from ray.cluster_utils import Cluster
 
+from tests.chaos.harness import Points
 from tests.runs import losses, plans, saved, start, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.chaos]
 
 
-@pytest.fixture
-def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the worker that is held in the middle of the second reshape leaves its process id."""
-    monkeypatch.setenv("RAYDUCE_HOLD", f"rebuild@7={tmp_path / 'held'}")
-    return tmp_path / "held"
+HELD = ("rebuild", 7)  # in the middle of the second reshape
 
 
 @pytest.fixture
-def cluster(held: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+def points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Points:
+    points = Points(tmp_path / "points")
+    monkeypatch.setenv("RAYDUCE_HOLD", str(points.folder))
+    return points
+
+
+@pytest.fixture
+def cluster(points: Points, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """A head that computes nothing and two nodes of one CPU each; workers get their environment from these."""
     folder = tempfile.mkdtemp(prefix="ray")  # Ray would tell every other driver on this machine of the usual one
     monkeypatch.setenv("RAY_TMPDIR", folder)
@@ -45,22 +49,21 @@ def lose_node_of(cluster: Cluster, process: int) -> None:
     cluster.remove_node(node, allow_graceful=False)
 
 
-def ended(raw: dict[str, Any], cluster: Cluster, held: Path, spare: bool) -> Path:
+def ended(raw: dict[str, Any], cluster: Cluster, points: Points, spare: bool) -> Path:
     """The folder of a run that loses a node, with another one in its place or not."""
+    points.arm(*HELD)
     driver = start(raw, RAY_ADDRESS=cluster.address)
-    wait_until(lambda: (held.exists() and held.read_text()) or driver.poll() is not None, "a worker is held")
-    assert driver.poll() is None, driver.communicate()
+    held = points.held(driver, *HELD)
     if spare:
         cluster.add_node(num_cpus=1)
-    lose_node_of(cluster, int(held.read_text()))
-    held.with_name("held.go").touch()
+    lose_node_of(cluster, held)
+    points.let_go(*HELD)
     output, errors = driver.communicate(timeout=400)
     assert driver.returncode == 0, output + errors
     return Path(raw["storage"]) / raw["name"]
 
 
-def undisturbed(raw: dict[str, Any], cluster: Cluster, held: Path) -> Path:
-    held.write_text("nobody else is held")
+def undisturbed(raw: dict[str, Any], cluster: Cluster) -> Path:
     raw = raw | {"name": "undisturbed"}
     driver = start(raw, RAY_ADDRESS=cluster.address)
     output, errors = driver.communicate(timeout=400)
@@ -68,21 +71,21 @@ def undisturbed(raw: dict[str, Any], cluster: Cluster, held: Path) -> Path:
     return Path(raw["storage"]) / raw["name"]
 
 
-def test_another_node_takes_over(small_run: dict[str, Any], cluster: Cluster, held: Path) -> None:
-    folder = ended(small_run, cluster, held, spare=True)
-    reference = undisturbed(small_run, cluster, held)
+def test_another_node_takes_over(small_run: dict[str, Any], cluster: Cluster, points: Points) -> None:
+    folder = ended(small_run, cluster, points, spare=True)
+    reference = undisturbed(small_run, cluster)
     assert losses(folder) == losses(reference)
     state, expected = saved(folder, 12), saved(reference, 12)
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[key], expected[key]) for key in expected)
 
 
-def test_an_elastic_run_goes_on_with_fewer_workers(small_run: dict[str, Any], cluster: Cluster, held: Path) -> None:
+def test_an_elastic_run_goes_on_with_fewer_workers(small_run: dict[str, Any], cluster: Cluster, points: Points) -> None:
     """The global batch is the same, so the losses are too, but for the order in which floats are added."""
     small_run["cluster"]["workers"] = {"min": 1, "max": 2}
-    folder = ended(small_run, cluster, held, spare=False)
+    folder = ended(small_run, cluster, points, spare=False)
     cluster.add_node(num_cpus=1)
-    reference = undisturbed(small_run, cluster, held)
+    reference = undisturbed(small_run, cluster)
     assert [len(list((folder / "checkpoints" / f"step-{step:08d}").glob("*.safetensors"))) for step in (5, 12)] == [
         2,
         1,
@@ -94,8 +97,7 @@ def test_an_elastic_run_goes_on_with_fewer_workers(small_run: dict[str, Any], cl
     assert summaries[0]["val_loss_final"] == pytest.approx(summaries[1]["val_loss_final"], rel=1e-3)
 
 
-def test_an_elastic_run_takes_a_node_that_comes_later(small_run: dict[str, Any], cluster: Cluster, held: Path) -> None:
-    held.write_text("nobody is held")
+def test_an_elastic_run_takes_a_node_that_comes_later(small_run: dict[str, Any], cluster: Cluster) -> None:
     small_run["cluster"]["workers"] = {"min": 1, "max": 3}
     small_run["train"] |= {"steps": 100_000, "checkpoint_every": 50}
     driver = start(small_run, RAY_ADDRESS=cluster.address)
