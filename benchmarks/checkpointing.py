@@ -87,7 +87,7 @@ class Worker:
         from orchestrator.engine import Engine  # which loads DeepSpeed, for this accelerator
 
         torch.set_num_threads(1)
-        size = config.cluster.workers
+        size = config.cluster.workers.max
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
         self.group = Group(rank, size, torch.device("cpu"))
         data = prepare(config.data, config.data_root)
@@ -114,9 +114,9 @@ class Worker:
 
 
 def measure_saving(config: RunConfig) -> Saving:
-    ray.init(num_cpus=config.cluster.workers, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=config.cluster.workers.max, include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory() as folder:
-        workers = [Worker.remote(config, rank, f"{folder}/store") for rank in range(config.cluster.workers)]
+        workers = [Worker.remote(config, rank, f"{folder}/store") for rank in range(config.cluster.workers.max)]
 
         def stretch(save: bool) -> tuple[float, float]:
             place = Path(folder, "checkpoints") if save else None
