@@ -16,7 +16,12 @@
 
 namespace {
 
+// As wide as a register: GCC keeps what is wider in memory.
+#ifdef __AVX512F__
 constexpr int V = 16;
+#else
+constexpr int V = 8;
+#endif
 typedef float vec __attribute__((vector_size(V * sizeof(float))));
 typedef uint16_t half __attribute__((vector_size(V * sizeof(uint16_t))));
 typedef uint32_t uvec __attribute__((vector_size(V * sizeof(uint32_t))));
