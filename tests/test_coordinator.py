@@ -10,6 +10,7 @@ import ray
 import torch
 from ray.exceptions import RayTaskError
 
+from benchmarks.coordination import axis, lru, mamba, measure, messages, rotated
 from compression.gramians import SelectiveMoments, Statistics
 from compression.plan import StateSelection, TruncationPlan
 from compression.planning import Decision, Occasion, Submission, layer_plan, plan_truncation, solve_layer
@@ -152,3 +153,16 @@ def test_any_number_of_workers_makes_the_same_plan(local_ray: None, tmp_path: An
         if isinstance(expected.reduction, StateSelection):
             assert layer.reduction == expected.reduction
         torch.testing.assert_close(torch.tensor(layer.spectrum), torch.tensor(expected.spectrum), rtol=1e-9, atol=1e-12)
+
+
+def test_the_benchmark_of_coordination_runs_and_counts(local_ray: None) -> None:
+    timing = measure(mamba(2, 4, 6), workers=2)
+    assert timing.ms > timing.solving_ms > 0
+    sent = {stack.name: messages(stack) for stack in (mamba(3, 4, 6), axis(3, 4, 6), rotated(3, 4, 6), lru(3, 4, 6))}
+    for name, part in sent.items():
+        # One float64 vector of sums for each selective layer, whatever is made of them; an LRU's weights are known.
+        sums = 0 if name == "LRU" else mamba(1, 4, 6).statistics(0).to_vector().nbytes
+        assert part.statistics == 3 * sums
+        assert part.collectives == (1 if name == "LRU" else 4)
+        assert part.actor_peak == part.spectra + part.reductions
+    assert sent["Mamba-2, axis"].reductions < sent["Mamba-2, rotated"].reductions < sent["LRU"].reductions
