@@ -5,6 +5,7 @@ Shapes: B batch, L time, M d_model, D channels, N state, R states kept.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from typing import get_args
 
@@ -69,6 +70,39 @@ def test_states_that_nothing_reads_come_last(score: Score) -> None:
     assert ranking.sigma_N.tolist() == sorted(ranking.sigma_N.tolist(), reverse=True)
     assert float(ranking.sigma_N[3]) > 0
     assert float(ranking.sigma_N[4]) <= 1e-6 * float(ranking.sigma_N[0])
+
+
+@pytest.mark.parametrize("score", [score for score in RANKING if score != "magnitude"])
+def test_states_that_nothing_reaches_come_last_and_cost_nothing(score: Score) -> None:
+    """However loudly they are read."""
+    layer, dead = mamba(), [0, 3]
+    with torch.no_grad():
+        layer.x_proj.weight[layer.dt_rank + torch.tensor(dead)] = 0
+        layer.x_proj.weight[layer.dt_rank + 6 + torch.tensor(dead)] *= 1e6
+    ranking = rank_states(moments_of(layer, sequence()), score, seed=0)
+    assert sorted(ranking.order_N[-2:].tolist()) == dead
+    assert ranking.sigma_N[-2:].tolist() == [0, 0]
+    assert float(ranking.sigma_N[3]) > 0
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_a_layer_that_nothing_reaches_yet_is_left_alone(score: Score) -> None:
+    layer = mamba()
+    with torch.no_grad():
+        layer.x_proj.weight[layer.dt_rank + torch.arange(6)] = 0
+    rules = rule([6], Target(dim=2), score=score, compensate=True)
+    (plan,) = plan_truncation([moments_of(layer, sequence())], rules, ONLY).layers
+    assert (plan.dim_after, plan.reduction) == (6, None)
+    assert plan.reason == "kept: no state carries anything yet"
+
+
+@pytest.mark.parametrize(("score", "rotates"), [*((score, False) for score in SCORES), ("hankel", True)])
+def test_a_single_state_goes_through_a_plan(score: Score, rotates: bool) -> None:
+    moments = replace(selective_moments(d_state=1), rotates=rotates)
+    rules = rule([1], Target(dim=1, tolerance=0.5), score=score, compensate=not rotates)
+    (plan,) = plan_truncation([moments], rules, ONLY).layers
+    assert (plan.dim_before, plan.dim_after, plan.reduction, plan.mass_kept) == (1, 1, None, 1)
+    assert plan.spectrum[0] > 0
 
 
 @pytest.mark.parametrize("score", SCORES)
