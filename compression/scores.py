@@ -109,7 +109,7 @@ def compensation(moments: SelectiveMoments, kept: Sequence[int]) -> Tensor:
     """
     corr_NN, unit_N = _correlations(moments)
     kept_R = torch.tensor(kept)
-    cut_J = torch.tensor([n for n in range(moments.d_state) if n not in set(kept)])
+    cut_J = torch.tensor([n for n in range(moments.d_state) if n not in set(kept)], dtype=torch.int64)
     fold_RN = torch.zeros(len(kept), moments.d_state, dtype=torch.float64)
     fold_RN[torch.arange(len(kept)), kept_R] = 1
     weights_RJ = torch.linalg.solve(corr_NN[kept_R][:, kept_R], corr_NN[kept_R][:, cut_J])

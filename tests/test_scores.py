@@ -177,6 +177,10 @@ def test_compensation_is_the_best_linear_one(seed: int) -> None:
         assert pooled_error(moments, kept, fold_RN + 1e-2 * direction_RN) > best * (1 - 1e-9)
 
 
+def test_compensation_of_nothing_is_the_identity() -> None:
+    assert torch.equal(compensation(selective_moments(d_state=6), range(6)), torch.eye(6, dtype=F64))
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_greedy_finds_the_best_single_elimination_and_nearly_the_best_pair(seed: int) -> None:
     moments = selective_moments(d_state=7, seed=seed)

@@ -85,6 +85,18 @@ def test_projections_are_biorthogonal_and_diagonalise(name: str, rank: int) -> N
     assert float(cut.eigenvalues_R.abs().max()) < 1
 
 
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_all_states_kept_is_the_same_system(name: str) -> None:
+    system = SYSTEMS[name]
+    same, _, bound = truncated(system, system.d_state)
+    assert bound == 0
+    torch.testing.assert_close(impulse_response(same, 200), impulse_response(system, 200), rtol=0, atol=1e-11)
+    if name != "real":  # its last HSV is 1e-19 of the first: no output tells where that pole is
+        distance_NN = (same.eigenvalues_N[:, None] - system.eigenvalues_N).abs()
+        for nearest_N in (distance_NN.min(0).values, distance_NN.min(1).values):
+            assert float(nearest_N.max()) <= 1e-12
+
+
 @pytest.mark.parametrize("rank", [1, 2, 5, 9])
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_reduced_hsvs_are_the_leading_ones(name: str, rank: int) -> None:
