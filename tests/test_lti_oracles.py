@@ -252,9 +252,7 @@ def test_hsvs_are_the_singular_values_of_the_hankel_operator(system: LTISystem) 
 def test_balanced_coordinates_see_both_gramians_equal_and_diagonal(name: str) -> None:
     system = WIDE[name]
     factors = lti_balancing(system)
-    root_N = factors.sigma_N.sqrt()
-    right_NN = (factors.L_P_NN @ factors.Vh_NN.mH / root_N).numpy()
-    left_NN = (factors.L_Q_NN @ factors.U_NN / root_N).mH.resolve_conj().numpy()
+    left_NN, right_NN = (part.resolve_conj().numpy() for part in factors.projections(range(system.d_state)))
     A_NN = left_NN @ (system.eigenvalues_N.numpy()[:, None] * right_NN)
     B_NH, C_HN = left_NN @ system.B_NH.numpy(), system.C_HN.numpy() @ right_NN
     P_NN = scipy.linalg.solve_discrete_lyapunov(A_NN, B_NH @ B_NH.conj().T)
