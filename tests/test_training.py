@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -66,6 +67,11 @@ def test_a_run_leaves_everything_a_person_needs(finished: Finished) -> None:
     for name in ("report.html", "figures/loss.png", "figures/state_dims.png", "figures/hsv_spectra.png"):
         assert (folder / name).stat().st_size > 1000
     assert "cut at step 3: states 16 x 2 layers -> 8 x 2 layers" in output
+    [moved] = [row for row in read_metrics(folder) if "hsv_drift_00" in row]
+    assert moved["step"] == 7
+    assert all(0 < moved[f"hsv_drift_0{layer}"] <= 1 for layer in (0, 1))
+    [line] = [line for line in output.splitlines() if "cut at step 7" in line]
+    assert re.search(r"; since the last probe \d+\.\d% of the spectrum moved$", line)
     assert "mlflow ui --backend-store-uri sqlite:////" in output
     assert "deepspeed" not in output.lower()
     assert "RayTrainWorker" in (folder / "logs" / "ray.log").read_text()
