@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from compression.gramians import SelectiveMoments
+from compression.gramians import LTISystem, SelectiveMoments
+from compression.hankel import lti_balancing
 from compression.moments import ParameterState
 from compression.planning import plan_truncation
 from compression.ranking import Target
@@ -24,6 +25,7 @@ from tests.plans import ONLY, rule, selective_moments
 F64 = torch.float64
 SCORES: tuple[Score, ...] = get_args(Score)
 RANKING = [score for score in SCORES if score not in ("smallest", "random")]
+MODE = ((1,), (1, 1), (1, 1))  # shapes of a pole, its B and its C
 CONFIG = MambaConfig(kind="mamba", n_layers=1, d_model=8, d_state=6)
 
 
@@ -151,6 +153,30 @@ def test_ghost_is_the_root_mean_square_of_a_contribution() -> None:
     moments.tokens.fill_(4)
     ranking = rank_states(moments, "ghost", seed=0)
     assert ranking.sigma_N[0] == (moments.hc2_N.max() / 4).sqrt()
+
+
+def test_magnitude_is_the_product_of_norms_of_weights() -> None:
+    layer = mamba()
+    ranking = rank_states(moments_of(layer, sequence()), "magnitude", seed=0)
+    B_ND, C_ND = layer.x_proj.weight[layer.dt_rank :].detach().chunk(2)
+    torch.testing.assert_close(ranking.sigma_N, (B_ND.norm(dim=1) * C_ND.norm(dim=1))[ranking.order_N])
+
+
+def test_averaged_is_the_hsv_of_each_mode_of_the_averaged_system() -> None:
+    """Of a channel whose dt, B and C are their means at all times, each state alone, over the channels."""
+    layer, x_BLM = mamba(), sequence()
+    moments = moments_of(layer, x_BLM)
+    ranking = rank_states(moments, "averaged", seed=0)
+    mean = {name: getattr(moments, name) / moments.tokens for name in ("log_a_DN", "b_DN", "c_N")}
+    squares_N = torch.zeros(6, dtype=F64)
+    for d in range(moments.d_inner):
+        for n in range(6):
+            parts = (mean["log_a_DN"][d, n].exp(), mean["b_DN"][d, n], mean["c_N"][n])
+            mode = LTISystem(
+                *(part.reshape(shape).to(torch.complex128) for part, shape in zip(parts, MODE, strict=True))
+            )
+            squares_N[n] += lti_balancing(mode).sigma_N[0] ** 2
+    torch.testing.assert_close(ranking.sigma_N, squares_N.sqrt()[ranking.order_N])
 
 
 def pooled_error(moments: SelectiveMoments, kept: tuple[int, ...], fold_RN: Tensor) -> float:
