@@ -6,7 +6,8 @@ import asyncio
 import gc
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import pytest
@@ -172,8 +173,19 @@ def parts_of(moments: SelectiveMoments, workers: int) -> list[SelectiveMoments]:
     return [moments.from_vector(moments.to_vector() * share) for share in shares]
 
 
-def group_of(folder: Any, workers: int) -> list[Any]:
-    return [Worker.remote(rank, workers, str(folder / "store")) for rank in range(workers)]
+Groups = Callable[[int], list[Any]]
+
+
+@pytest.fixture(scope="module")
+def group_of(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Groups:
+    """All workers of a group of this size, which is started once."""
+
+    @cache
+    def start(workers: int) -> list[Any]:
+        store = str(tmp_path_factory.mktemp("group") / "store")
+        return [Worker.remote(rank, workers, store) for rank in range(workers)]
+
+    return start
 
 
 def nan_at_one_worker() -> list[Statistics]:
@@ -195,13 +207,13 @@ def unstable() -> list[Statistics]:
     ids=["NaN", "unstable"],
 )
 def test_what_one_worker_sees_break_ends_the_probe_of_all(
-    local_ray: None, tmp_path: Any, broken: list[Statistics], reason: str
+    group_of: Groups, broken: list[Statistics], reason: str
 ) -> None:
     actor = coordinator()
     sound = parts_of(selective_moments(), WORKERS)
     calls = [
         worker.coordinate.remote(actor, [sound[rank], broken[rank]], RULE)
-        for rank, worker in enumerate(group_of(tmp_path, WORKERS))
+        for rank, worker in enumerate(group_of(WORKERS))
     ]
     for call in calls:
         with pytest.raises(RayTaskError, match=rf"ValueError: layer 1 at step {STEP}: {reason}"):
@@ -209,19 +221,18 @@ def test_what_one_worker_sees_break_ends_the_probe_of_all(
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_any_number_of_workers_makes_the_same_plan(local_ray: None, tmp_path: Any, workers: int) -> None:
+def test_any_number_of_workers_makes_the_same_plan(group_of: Groups, workers: int) -> None:
     statistics: list[Statistics] = [selective_moments(seed=seed) for seed in range(3)]
     statistics += [random_system(12, 3, seed=1), random_system(10, 2, seed=2)]
     dims = [part.d_state for part in statistics]
     everything = rule(dims, Target(tolerance=0.2, dim=6, allocation="global"))
     actor = ray.remote(Coordinator).options(num_cpus=0).remote(everything, 60)
     ray.get(actor.begin_attempt.remote(1, workers))
-    group = group_of(tmp_path, workers)
     split = [parts_of(part, workers) if isinstance(part, SelectiveMoments) else [part] * workers for part in statistics]
     plans = ray.get(
         [
             worker.coordinate.remote(actor, [parts[rank] for parts in split], everything)
-            for rank, worker in enumerate(group)
+            for rank, worker in enumerate(group_of(workers))
         ]
     )
     alone = plan_truncation(statistics, everything, Occasion(STEP, 1, 1, 1))
