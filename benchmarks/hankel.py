@@ -34,9 +34,9 @@ HSV_TOLERANCE, RESPONSE_TOLERANCE = 1e-4, 1e-3
 Reduction = tuple[Tensor, LTISystem]
 
 
-def lru_system(d_state: int) -> LTISystem:
+def lru_system(d_state: int, width: int = WIDTH, seed: int = SEED) -> LTISystem:
     """An LRU layer as it starts: poles uniform on the ring from 0.9 to 0.999 at any phase, states at unit power."""
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(seed)
 
     def uniform() -> Tensor:
         return torch.rand(d_state, dtype=torch.float64, generator=generator)
@@ -45,9 +45,9 @@ def lru_system(d_state: int) -> LTISystem:
         return torch.randn(shape, dtype=torch.complex128, generator=generator)
 
     magnitude2_N = uniform() * (0.999**2 - 0.9**2) + 0.9**2
-    B_NH = gaussian(d_state, WIDTH) * ((1 - magnitude2_N) / WIDTH).sqrt()[:, None]
+    B_NH = gaussian(d_state, width) * ((1 - magnitude2_N) / width).sqrt()[:, None]
     eigenvalues_N = torch.polar(magnitude2_N.sqrt(), 2 * math.pi * uniform())
-    return LTISystem(eigenvalues_N, B_NH, gaussian(WIDTH, d_state) / math.sqrt(d_state))
+    return LTISystem(eigenvalues_N, B_NH, gaussian(width, d_state) / math.sqrt(d_state))
 
 
 def ours(system: LTISystem, rank: int) -> Reduction:

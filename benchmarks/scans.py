@@ -16,7 +16,7 @@ import torch
 from benchmarks import peers
 from benchmarks.measure import BlockPass, Build, Duel, Shape, duel, duel_for_memory
 from benchmarks.report import AT_MOST, RESULTS, Row, cpu_model, report
-from models.mamba import Mamba
+from models.selective import SelectiveLayer
 
 BLOCK = Shape(batch=8, length=256, width=peers.D_MODEL)
 LONG_BLOCK = Shape(batch=8, length=1024, width=peers.D_MODEL)
@@ -50,14 +50,14 @@ def block_after_cut(before: int, after: int, seconds: float) -> Duel:
     return duel(small, {f"N={before}": large}, seconds)
 
 
-def block_with_statistics(d_state: int, seconds: float) -> Duel:
-    without, gathering = BlockPass(peers.ours(d_state), BLOCK), BlockPass(peers.ours(d_state), BLOCK)
-    assert isinstance(gathering.block, Mamba)
+def block_with_statistics(build: Build, shape: Shape, d_state: int, seconds: float) -> Duel:
+    without, gathering = BlockPass(build(d_state), shape), BlockPass(build(d_state), shape)
+    assert isinstance(gathering.block, SelectiveLayer)
     without()
     gathering.block.start_statistics()
     gathering()
     gathering.assert_same_work(without)
-    if int(gathering.block.finish_statistics().tokens) != BLOCK.batch * BLOCK.length:
+    if int(gathering.block.finish_statistics().tokens) != shape.batch * shape.length:
         raise RuntimeError("the block did not gather the statistics of every token")
     gathering.block.start_statistics()
     return duel(gathering, {"without statistics": without}, seconds)
@@ -77,6 +77,8 @@ MEMORY = partial(duel_for_memory, peers.ours, peers.mambapy, 128, BLOCK)
 BESIDE = partial(block_beside, peers.ours, BLOCK)
 BESIDE2 = partial(block_beside, peers.our_mamba2, LONG_BLOCK, 128, [peers.transformers_mamba2])
 PRODUCTS = partial(block_beside_products, peers.ours, BLOCK)
+STATISTICS = partial(block_with_statistics, peers.ours, BLOCK)
+STATISTICS2 = partial(block_with_statistics, peers.our_mamba2, BLOCK)
 ROWS = (
     Row("Mamba-1 block N=16, times faster than torch libraries", partial(BESIDE, 16, LIBRARIES), 12, 20, 40),
     Row("Mamba-1 block N=128, times faster than torch libraries", partial(BESIDE, 128, LIBRARIES), 65, 90, 100),
@@ -86,9 +88,8 @@ ROWS = (
     Row("Mamba-1 block N=128, times its matrix products", partial(PRODUCTS, 128), 3.5, 2.7, 15, AT_MOST),
     Row("Mamba-1 block cut from N=128 to 12, times faster", partial(block_after_cut, 128, 12), 1.9, 2.5, 15),
     Row("Mamba-1 block N=128, times mambapy's peak memory", MEMORY, 1 / 6, 1 / 8, 75, AT_MOST),
-    Row(
-        "Mamba-1 block N=64 with statistics, times without", partial(block_with_statistics, 64), 1.15, 1.05, 15, AT_MOST
-    ),
+    Row("Mamba-1 block N=64 with statistics, times without", partial(STATISTICS, 64), 1.15, 1.05, 15, AT_MOST),
+    Row("Mamba-2 block N=128 with statistics, times without", partial(STATISTICS2, 128), 1.15, 1.05, 15, AT_MOST),
     Row("Mamba-2 block N=128 headdim 64 L=1024, times faster than transformers", BESIDE2, 6, 12, 40),
     Row("LRU step N=256 H=8 L=784 B=50, times without recurrence", partial(lru_step, SMNIST), 2.1, 1.7, 20, AT_MOST),
     Row("LRU step N=384 H=512 L=1024 B=4, times without recurrence", partial(lru_step, SCIFAR), 1.8, 1.4, 20, AT_MOST),

@@ -109,7 +109,7 @@ def compensation(moments: SelectiveMoments, kept: Sequence[int]) -> Tensor:
     """
     corr_NN, unit_N = _correlations(moments)
     kept_R = torch.tensor(kept)
-    cut_J = torch.tensor([n for n in range(moments.d_state) if n not in set(kept)])
+    cut_J = torch.tensor([n for n in range(moments.d_state) if n not in set(kept)], dtype=torch.int64)
     fold_RN = torch.zeros(len(kept), moments.d_state, dtype=torch.float64)
     fold_RN[torch.arange(len(kept)), kept_R] = 1
     weights_RJ = torch.linalg.solve(corr_NN[kept_R][:, kept_R], corr_NN[kept_R][:, cut_J])
@@ -124,10 +124,12 @@ def _eliminate(moments: SelectiveMoments) -> Ranking:
     C is the projection that earlier cuts have been folded into. As in optimal brain surgery (Hassibi and Stork, NIPS
     1992), the inverse of E[h h^T] gives both, and is downdated from cut to cut.
     """
-    corr_NN, unit_N = _correlations(moments)
-    cc_NN = moments.cc_NN / moments.tokens * (unit_N[:, None] * unit_N) / moments.samples
+    corr_NN, _ = _correlations(moments)
+    # Not the units, which are 1 where nothing arrives: what C reads of such a state is nothing.
+    root_N = moments.hh_NN.diagonal().sqrt()
+    cc_NN = moments.cc_NN / moments.tokens * (root_N[:, None] * root_N) / moments.samples
     inverse_NN = torch.linalg.inv(corr_NN)
-    N = len(unit_N)
+    N = len(root_N)
     alive_N = torch.ones(N, dtype=torch.bool)
     cuts, costs = [], []
     for _ in range(N):

@@ -66,7 +66,6 @@ class _Meeting:
     """One stage of one probe: what has come in, and the answer that all wait for."""
 
     answer: asyncio.Future[Any]
-    closed: asyncio.Event = field(default_factory=asyncio.Event)
     present: set[int] = field(default_factory=set)
     layers: dict[int, Any] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
@@ -138,33 +137,37 @@ class Coordinator:
     ) -> Any:
         self._refuse_stale(sender.occasion.attempt, sender.rank)
         step = sender.occasion.step
-        if (step, stage) not in self._meetings:
-            self._meetings[step, stage] = _Meeting(asyncio.get_running_loop().create_future())
-        meeting = self._meetings[step, stage]
-        if sender.rank not in meeting.present and not meeting.closed.is_set():
+        meeting = self._meeting(step, stage)
+        if sender.rank not in meeting.present and not meeting.answer.done():
             meeting.present.add(sender.rank)
             if isinstance(layers, Failure):
                 meeting.failures.append(layers.reason)
             else:
                 meeting.layers.update(layers)
             if len(meeting.present) == self._workers:
-                meeting.closed.set()
-                if meeting.failures:
-                    meeting.answer.set_exception(ValueError("; ".join(sorted(meeting.failures))))
-                else:
+                try:
+                    if meeting.failures:
+                        raise ValueError("; ".join(sorted(meeting.failures)))
                     meeting.answer.set_result(settle(meeting.layers))
-                # The answer stays for late readers; what it was made of would pile up.
-                meeting.layers = {}
-        try:
-            await asyncio.wait_for(meeting.closed.wait(), self._timeout_s)
-        except TimeoutError:
-            if not meeting.closed.is_set():
-                meeting.closed.set()
-                missing = ", ".join(map(str, sorted(set(range(self._workers)) - meeting.present)))
-                reason = f"kept: rank {missing} did not submit within {self._timeout_s:g} s"
-                logger.warning("probe at step %d: %s", step, reason)
-                meeting.answer.set_result(keep_everything(sender.dims, sender.occasion, reason))
-        return await asyncio.shield(meeting.answer)
+                except Exception as error:  # noqa: BLE001 -- whoever came last, everyone has to hear of it
+                    meeting.answer.set_exception(error)
+        await asyncio.wait([meeting.answer], timeout=self._timeout_s)
+        if not meeting.answer.done():
+            missing = ", ".join(map(str, sorted(set(range(self._workers)) - meeting.present)))
+            reason = f"kept: rank {missing} did not submit within {self._timeout_s:g} s"
+            logger.warning("probe at step %d: %s", step, reason)
+            meeting.answer.set_result(keep_everything(sender.dims, sender.occasion, reason))
+        # The answer stays for late readers; what it was made of would pile up.
+        meeting.layers = {}
+        return meeting.answer.result()
+
+    def _meeting(self, step: int, stage: Stage) -> _Meeting:
+        """The present one; of earlier probes only the last is kept, for late readers."""
+        if (step, stage) not in self._meetings:
+            steps = sorted({step} | {other for other, _ in self._meetings})[-2:]
+            self._meetings = {key: meeting for key, meeting in self._meetings.items() if key[0] in steps}
+            self._meetings[step, stage] = _Meeting(asyncio.get_running_loop().create_future())
+        return self._meetings[step, stage]
 
     async def publish(self, attempt: int, events: Sequence[Event]) -> bool:
         """Leave rank 0's events for the driver; whether the driver wants the run to stop.

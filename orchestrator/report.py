@@ -28,7 +28,7 @@ SMOOTH_FROM = 200  # training-loss points above which a running mean is drawn ov
 CAPTIONS = {
     "loss": "Training and held-out loss. Dashed lines: truncations, with the state dimension before → after.",
     "state_dims": "State dimension of each layer.",
-    "hsv_drift": "How far spectra moved between probes, and how many of the states to keep stayed the same. "
+    "hsv_drift": "How far spectra moved between probes and, where it is known, how many of the kept states stayed. "
     "A ring marks a cut.",
     "hsv_spectra": "Hankel singular values at every probe, largest first. A dot marks the rank of a cut.",
 }
@@ -226,14 +226,15 @@ def _drift(run: Recorded) -> Figure:
     if len(steps) < 2:
         return _figure(0.5, "Fewer than two probes: nothing to compare")
     figure = _figure(4.2, "From probe to probe")
-    grid = figure.subplots(1, 2, squeeze=False)[0]
+    # Greedy elimination takes one of several states that can stand for each other: it has no overlap to show.
+    compared = any(layer["overlap"] is not None for plan in run.plans for layer in plan["layers"])
+    panels = {"drift": "spectrum that moved"} | ({"overlap": "kept states that stayed"} if compared else {})
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
     layers = range(len(run.plans[0]["layers"]))
     colours = (
         PALETTE if len(layers) <= len(PALETTE) else matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
     )
-    for axes, key, name in zip(
-        grid, ("drift", "overlap"), ("spectrum that moved", "kept states that stayed"), strict=True
-    ):
+    for axes, (key, name) in zip(grid, panels.items(), strict=True):
         _style(axes, "optimizer step", f"share of the {name}")
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         for i in layers:
@@ -242,8 +243,7 @@ def _drift(run: Recorded) -> Figure:
             axes.plot(steps, values, ".-", color=colours[i], linewidth=1.2, label=f"layer {i}")
             cut = np.array([layer["dim_after"] < layer["dim_before"] for layer in found])
             axes.plot(np.array(steps)[cut], values[cut], "o", color=colours[i], markerfacecolor="none", markersize=9)
-        axes.set_ylim(bottom=0)
-    grid[1].set_ylim(0, 1.05)
+        axes.set_ylim(0, 1.05 if key == "overlap" else None)
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9, ncols=1 + len(layers) // 20)
     return figure

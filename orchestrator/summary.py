@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,8 @@ def write_summary(
     Step times are medians in milliseconds: before the first cut, without the first step, which warms up, and
     after the last cut. Without a cut there is nothing "after", and those values are None. Cuts that were rolled back
     do not count. `error_bounds`: of each LTI layer, the sum over all cuts, which the errors of the cuts together do
-    not exceed in the H-infinity norm.
+    not exceed in the H-infinity norm. `probe_share`: the time of all probes, each up to the agreed plan, over that of
+    all steps.
     """
     rows = read_metrics(folder)
     cuts = [cut for cut in truncations if not cut["rolled_back"]]
@@ -35,6 +37,9 @@ def write_summary(
     def median(key: str, low: int, high: float) -> float | None:
         values = [row[key] for row in rows if key in row and low < row["step"] <= high]
         return statistics.median(values) if values else None
+
+    def total(key: str) -> float:
+        return math.fsum(row.get(key, 0.0) for row in rows)
 
     initial = config.model.state_dims
     held_out = [row for row in rows if "val_loss" in row]
@@ -54,6 +59,7 @@ def write_summary(
         "step_ms_after": median("step_ms", last, float("inf")),
         "tokens_per_s_before": median("tokens_per_s", 1, first),
         "tokens_per_s_after": median("tokens_per_s", last, float("inf")),
+        "probe_share": total("probe_ms") / total("step_ms"),
         "mlflow_run_id": mlflow_run_id,
         "checkpoint": checkpoint,
     }

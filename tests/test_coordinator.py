@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import gc
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import pytest
@@ -10,6 +15,7 @@ import ray
 import torch
 from ray.exceptions import RayTaskError
 
+from benchmarks.coordination import axis, lru, mamba, measure, messages, rotated
 from compression.gramians import SelectiveMoments, Statistics
 from compression.plan import StateSelection, TruncationPlan
 from compression.planning import Decision, Occasion, Submission, layer_plan, plan_truncation, solve_layer
@@ -107,6 +113,45 @@ def test_what_one_owner_cannot_rank_everyone_hears_of(local_ray: None) -> None:
             ray.get(answer)
 
 
+def test_what_cannot_be_decided_everyone_hears_of(local_ray: None) -> None:
+    actor = coordinator()
+    submission = Submission.of(Owner(actor, 0).solution)
+    answers = [
+        actor.decide.remote(Sender(Occasion(STEP, 1, 1, 1), rank, DIMS), {layer: submission})
+        for rank, layer in ((0, 0), (1, 7))
+    ]
+    for answer in answers:
+        with pytest.raises(RayTaskError, match="KeyError: 1"):
+            ray.get(answer, timeout=30)
+
+
+def test_answers_do_not_pile_up_and_the_last_one_stays_for_late_readers() -> None:
+    """Without Ray: the actor's own class, whose objects can be counted here."""
+    answers: list[weakref.ref[TruncationPlan]] = []
+
+    async def probe(actor: Coordinator, step: int) -> None:
+        occasion = Occasion(step, 1, step, 20)
+        senders = [Sender(occasion, rank, DIMS) for rank in range(WORKERS)]
+        decided = await asyncio.gather(
+            *(actor.decide(sender, {sender.rank: Submission.of(solutions[sender.rank])}) for sender in senders)
+        )
+        layers = [{rank: layer_plan(rank, solutions[rank], decided[0][rank])} for rank in range(WORKERS)]
+        plans = await asyncio.gather(*(actor.assemble(*pair) for pair in zip(senders, layers, strict=True)))
+        assert plans[0] is plans[1] is await actor.assemble(senders[1], layers[1])
+        answers.append(weakref.ref(plans[0]))
+
+    async def probes() -> None:
+        actor = Coordinator(RULE, 60)
+        await actor.begin_attempt(1, WORKERS)
+        for step in range(1, 21):
+            await probe(actor, step)
+        gc.collect()
+        assert [answer() is None for answer in answers] == [True] * 18 + [False] * 2
+
+    solutions = [solve_layer(rank, selective_moments(seed=rank), RULE, STEP) for rank in range(WORKERS)]
+    asyncio.run(probes())
+
+
 @ray.remote(num_cpus=0)
 class Worker:
     """A rank of a real gloo group."""
@@ -128,20 +173,66 @@ def parts_of(moments: SelectiveMoments, workers: int) -> list[SelectiveMoments]:
     return [moments.from_vector(moments.to_vector() * share) for share in shares]
 
 
+Groups = Callable[[int], list[Any]]
+
+
+@pytest.fixture(scope="module")
+def group_of(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Groups:
+    """All workers of a group of this size, which is started once."""
+
+    @cache
+    def start(workers: int) -> list[Any]:
+        store = str(tmp_path_factory.mktemp("group") / "store")
+        return [Worker.remote(rank, workers, store) for rank in range(workers)]
+
+    return start
+
+
+def nan_at_one_worker() -> list[Statistics]:
+    """What each of two workers has seen of a layer."""
+    parts = parts_of(selective_moments(seed=1), WORKERS)
+    parts[0].hh_NN[2, 3] = math.nan
+    return [*parts]
+
+
+def unstable() -> list[Statistics]:
+    system = random_system(8, 2)
+    system.eigenvalues_N[3] = 1j
+    return [system] * WORKERS
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [(nan_at_one_worker(), "the state statistics hold NaN"), (unstable(), "an eigenvalue lies on or outside the unit")],
+    ids=["NaN", "unstable"],
+)
+def test_what_one_worker_sees_break_ends_the_probe_of_all(
+    group_of: Groups, broken: list[Statistics], reason: str
+) -> None:
+    actor = coordinator()
+    sound = parts_of(selective_moments(), WORKERS)
+    calls = [
+        worker.coordinate.remote(actor, [sound[rank], broken[rank]], RULE)
+        for rank, worker in enumerate(group_of(WORKERS))
+    ]
+    for call in calls:
+        with pytest.raises(RayTaskError, match=rf"ValueError: layer 1 at step {STEP}: {reason}"):
+            ray.get(call, timeout=60)
+
+
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_any_number_of_workers_makes_the_same_plan(local_ray: None, tmp_path: Any, workers: int) -> None:
+def test_any_number_of_workers_makes_the_same_plan(group_of: Groups, workers: int) -> None:
     statistics: list[Statistics] = [selective_moments(seed=seed) for seed in range(3)]
     statistics += [random_system(12, 3, seed=1), random_system(10, 2, seed=2)]
     dims = [part.d_state for part in statistics]
     everything = rule(dims, Target(tolerance=0.2, dim=6, allocation="global"))
     actor = ray.remote(Coordinator).options(num_cpus=0).remote(everything, 60)
     ray.get(actor.begin_attempt.remote(1, workers))
-    group = [Worker.remote(rank, workers, str(tmp_path / "store")) for rank in range(workers)]
     split = [parts_of(part, workers) if isinstance(part, SelectiveMoments) else [part] * workers for part in statistics]
     plans = ray.get(
         [
             worker.coordinate.remote(actor, [parts[rank] for parts in split], everything)
-            for rank, worker in enumerate(group)
+            for rank, worker in enumerate(group_of(workers))
         ]
     )
     alone = plan_truncation(statistics, everything, Occasion(STEP, 1, 1, 1))
@@ -152,3 +243,16 @@ def test_any_number_of_workers_makes_the_same_plan(local_ray: None, tmp_path: An
         if isinstance(expected.reduction, StateSelection):
             assert layer.reduction == expected.reduction
         torch.testing.assert_close(torch.tensor(layer.spectrum), torch.tensor(expected.spectrum), rtol=1e-9, atol=1e-12)
+
+
+def test_the_benchmark_of_coordination_runs_and_counts(local_ray: None) -> None:
+    timing = measure(mamba(2, 4, 6), workers=2)
+    assert timing.ms > timing.solving_ms > 0
+    sent = {stack.name: messages(stack) for stack in (mamba(3, 4, 6), axis(3, 4, 6), rotated(3, 4, 6), lru(3, 4, 6))}
+    for name, part in sent.items():
+        # One float64 vector of sums for each selective layer, whatever is made of them; an LRU's weights are known.
+        sums = 0 if name == "LRU" else mamba(1, 4, 6).statistics(0).to_vector().nbytes
+        assert part.statistics == 3 * sums
+        assert part.collectives == (1 if name == "LRU" else 4)
+        assert part.actor_peak == part.spectra + part.reductions
+    assert sent["Mamba-2, axis"].reductions < sent["Mamba-2, rotated"].reductions < sent["LRU"].reductions

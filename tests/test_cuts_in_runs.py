@@ -84,12 +84,14 @@ def test_a_cut_that_hurts_is_taken_back(small_run: dict[str, Any], local_ray: No
 
 @pytest.mark.cluster
 def test_a_cut_that_recovers_stays(small_run: dict[str, Any], local_ray: None) -> None:
-    small_run["truncation"] |= {"guard": {"tolerance": 0.5}}
+    small_run["truncation"] |= {"guard": {"tolerance": 0.5}, "score": "hankel"}
     folder, summary = finished(small_run)
     assert summary["final_dims"] == [4, 4]
     assert not any(cut["rolled_back"] for cut in summary["truncations"])
     assert not (folder / "checkpoints" / "uncut").exists()
     assert checkpoint.verify(newest(folder)).watch is None
+    [moved] = [row for row in read_metrics(folder) if "hsv_drift_00" in row]
+    assert (moved["step"], set(moved) >= {"hsv_drift_01", "kept_overlap_00", "kept_overlap_01"}) == (7, True)
 
 
 @pytest.mark.cluster

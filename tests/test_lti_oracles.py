@@ -105,19 +105,38 @@ HARD = {
 # --- 60 digits ---
 
 
+def factors_in_60_digits(system: LTISystem) -> tuple[mp.matrix, mp.matrix]:
+    """Cholesky factors of the closed-form Gramians P and Q."""
+    a = [mpmath.mpmathify(value) for value in system.eigenvalues_N.tolist()]
+    B, C = mp.matrix(system.B_NH.tolist()), mp.matrix(system.C_HN.tolist())
+    P, Q = B * B.H, C.H * C
+    for i in range(len(a)):
+        for j in range(len(a)):
+            decay = 1 - a[i] * mp.conj(a[j])
+            P[i, j] /= decay
+            Q[i, j] /= mp.conj(decay)
+    return mp.cholesky(P), mp.cholesky(Q)
+
+
 def hsvs_in_60_digits(system: LTISystem) -> np.ndarray:
-    """Closed-form Gramians, their Cholesky factors and the singular values of the product, by mpmath."""
+    """The singular values of the product of Gramian factors, by mpmath."""
     with mp.workdps(60):
-        a = [mpmath.mpmathify(value) for value in system.eigenvalues_N.tolist()]
-        B, C = mp.matrix(system.B_NH.tolist()), mp.matrix(system.C_HN.tolist())
-        P, Q = B * B.H, C.H * C
-        for i in range(len(a)):
-            for j in range(len(a)):
-                decay = 1 - a[i] * mp.conj(a[j])
-                P[i, j] /= decay
-                Q[i, j] /= mp.conj(decay)
-        sigma = mp.svd_c(mp.cholesky(Q).H * mp.cholesky(P), compute_uv=False)
-        return np.array([float(value) for value in sigma])
+        L_P, L_Q = factors_in_60_digits(system)
+        return np.array([float(value) for value in mp.svd_c(L_Q.H * L_P, compute_uv=False)])
+
+
+def reduced_response_in_60_digits(system: LTISystem, rank: int, phase_F: Tensor) -> Tensor:
+    """Square-root balanced truncation and its C (z - A)^-1 B, (F, H, H), with a full A; nothing of ours in it."""
+    with mp.workdps(60):
+        L_P, L_Q = factors_in_60_digits(system)
+        U, sigma, Vh = mp.svd_c(L_Q.H * L_P)
+        root = mp.diag([1 / mp.sqrt(sigma[i]) for i in range(rank)])
+        left, right = root * U[:, :rank].H * L_Q.H, L_P * Vh[:rank, :].H * root
+        A = left * mp.diag([mpmath.mpmathify(value) for value in system.eigenvalues_N.tolist()]) * right
+        B, C = left * mp.matrix(system.B_NH.tolist()), mp.matrix(system.C_HN.tolist()) * right
+        z_F = [mp.expj(phase) for phase in phase_F.tolist()]
+        response = [(C * mp.inverse(z * mp.eye(rank) - A) * B).tolist() for z in z_F]
+        return torch.tensor([[[complex(value) for value in row] for row in matrix] for matrix in response], dtype=C128)
 
 
 @pytest.mark.parametrize("name", HARD)
@@ -135,6 +154,24 @@ def test_small_hsvs_keep_digits_that_the_eigenvalues_of_the_product_lose() -> No
     P_NN, Q_NN = lti_gramians(system)
     by_product_N = torch.linalg.eigvals(P_NN @ Q_NN).abs().sqrt().sort(descending=True).values
     assert float(by_product_N[-1]) > 2 * expected_N[-1]
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+@pytest.mark.parametrize("name", HARD)
+def test_reduced_systems_equal_those_of_60_digits(name: str, share: float) -> None:
+    system = HARD[name]
+    rank = max(1, round(share * (system.d_state - 1)))
+    smaller, _ = cut_to(system, rank)
+    # Where the poles resonate, and between.
+    phase_F = torch.cat([system.eigenvalues_N.angle(), torch.arange(8) * (math.pi / 4)])
+    z_F = torch.polar(torch.ones_like(phase_F), phase_F)
+    response_FHH = torch.einsum("hn,fn,ni->fhi", smaller.C_HN, 1 / (z_F[:, None] - smaller.eigenvalues_N), smaller.B_NH)
+    expected_FHH = reduced_response_in_60_digits(system, rank, phase_F)
+    # Gramians are known to eps / (1 - rho^2), and their leading coordinates to that over the distance of the HSVs
+    # that are cut: of the largest gain, whatever the scale of the states.
+    sigma_N, gap = sigma_of(system), 1 - float(system.eigenvalues_N.abs().max()) ** 2
+    tolerance = 10 * system.d_state * EPS / gap / (1 - sigma_N[rank] / sigma_N[rank - 1])
+    assert largest_gain(response_FHH - expected_FHH) <= tolerance * largest_gain(expected_FHH)
 
 
 # --- dense Lyapunov solutions ---
@@ -252,9 +289,7 @@ def test_hsvs_are_the_singular_values_of_the_hankel_operator(system: LTISystem) 
 def test_balanced_coordinates_see_both_gramians_equal_and_diagonal(name: str) -> None:
     system = WIDE[name]
     factors = lti_balancing(system)
-    root_N = factors.sigma_N.sqrt()
-    right_NN = (factors.L_P_NN @ factors.Vh_NN.mH / root_N).numpy()
-    left_NN = (factors.L_Q_NN @ factors.U_NN / root_N).mH.resolve_conj().numpy()
+    left_NN, right_NN = (part.resolve_conj().numpy() for part in factors.projections(range(system.d_state)))
     A_NN = left_NN @ (system.eigenvalues_N.numpy()[:, None] * right_NN)
     B_NH, C_HN = left_NN @ system.B_NH.numpy(), system.C_HN.numpy() @ right_NN
     P_NN = scipy.linalg.solve_discrete_lyapunov(A_NN, B_NH @ B_NH.conj().T)

@@ -15,7 +15,8 @@ from matplotlib import image
 
 from orchestrator.doctor import Finding, examine, format_findings
 from orchestrator.errors import UserError
-from orchestrator.report import write_figures, write_report
+from orchestrator.report import _drift, write_figures, write_report
+from orchestrator.run_folder import read_run
 
 STEPS = 40
 CUTS = {10: ([64, 64], [45, 30]), 20: ([45, 30], [45, 30]), 30: ([45, 30], [12, 7])}  # step 20 cuts nothing
@@ -99,6 +100,20 @@ def test_figures_are_images_with_something_on_them(run: Path) -> None:
         assert 900 <= width <= 2400
         assert 400 <= height <= 2400
         assert 0.005 < (pixels[..., :3].min(axis=2) < 0.9).mean() < 0.5, f"{path.name} is blank or flooded"
+
+
+def drift_panels(run: Path) -> list[str]:
+    return [axes.get_ylabel() for axes in _drift(read_run(run)).axes]
+
+
+def test_overlap_is_drawn_where_any_is_known(run: Path) -> None:
+    assert drift_panels(run) == ["share of the spectrum that moved", "share of the kept states that stayed"]
+    for path in (run / "plans").iterdir():
+        plan = json.loads(path.read_text())
+        for layer in plan["layers"]:
+            layer["overlap"] = None
+        path.write_text(json.dumps(plan))
+    assert drift_panels(run) == ["share of the spectrum that moved"]
 
 
 def test_page_needs_no_other_file_and_escapes_what_it_shows(run: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from compression.gramians import SelectiveMoments, pooled_gramians
+from compression.hankel import Balancing
 from compression.moments import ParameterState
 from compression.plan import StateRotation
 from compression.planning import plan_truncation
@@ -96,6 +97,20 @@ def test_the_maps_of_a_first_cut_are_new_to_adam() -> None:
         assert shrunk[name].value.shape == (4, 6)
         assert float(shrunk[name].exp_avg.abs().max()) == float(shrunk[name].exp_avg_sq.max()) == 0
     assert float(shrunk["in_proj.weight"].exp_avg.abs().max()) > 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_what_is_kept_sees_both_gramians_equal_and_diagonal(seed: int, rank: int) -> None:
+    P_NN, Q_NN = pooled_gramians(moments_of(mamba2(seed=seed), sequence(2)))
+    balancing = Balancing.of(P_NN, Q_NN)
+    left_RN, right_NR = balancing.projections(range(rank))
+    sigma_RR = torch.diag(balancing.sigma_N[:rank])
+    for gramian_RR in (left_RN @ P_NN @ left_RN.T, right_NR.T @ Q_NN @ right_NR):
+        torch.testing.assert_close(gramian_RR, sigma_RR, rtol=0, atol=1e-10 * float(sigma_RR[0, 0]))
+    torch.testing.assert_close(left_RN @ right_NR, torch.eye(rank, dtype=F64), rtol=0, atol=1e-10)
+    if rank == 6:  # nothing is cut
+        torch.testing.assert_close(right_NR @ left_RN, torch.eye(6, dtype=F64), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -5,6 +5,7 @@ Shapes: B batch, L time, M d_model, D channels, N state, R states kept.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from typing import get_args
 
@@ -12,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from compression.gramians import SelectiveMoments
+from compression.gramians import LTISystem, SelectiveMoments
+from compression.hankel import lti_balancing
 from compression.moments import ParameterState
 from compression.planning import plan_truncation
 from compression.ranking import Target
@@ -23,6 +25,7 @@ from tests.plans import ONLY, rule, selective_moments
 F64 = torch.float64
 SCORES: tuple[Score, ...] = get_args(Score)
 RANKING = [score for score in SCORES if score not in ("smallest", "random")]
+MODE = ((1,), (1, 1), (1, 1))  # shapes of a pole, its B and its C
 CONFIG = MambaConfig(kind="mamba", n_layers=1, d_model=8, d_state=6)
 
 
@@ -69,6 +72,39 @@ def test_states_that_nothing_reads_come_last(score: Score) -> None:
     assert ranking.sigma_N.tolist() == sorted(ranking.sigma_N.tolist(), reverse=True)
     assert float(ranking.sigma_N[3]) > 0
     assert float(ranking.sigma_N[4]) <= 1e-6 * float(ranking.sigma_N[0])
+
+
+@pytest.mark.parametrize("score", [score for score in RANKING if score != "magnitude"])
+def test_states_that_nothing_reaches_come_last_and_cost_nothing(score: Score) -> None:
+    """However loudly they are read."""
+    layer, dead = mamba(), [0, 3]
+    with torch.no_grad():
+        layer.x_proj.weight[layer.dt_rank + torch.tensor(dead)] = 0
+        layer.x_proj.weight[layer.dt_rank + 6 + torch.tensor(dead)] *= 1e6
+    ranking = rank_states(moments_of(layer, sequence()), score, seed=0)
+    assert sorted(ranking.order_N[-2:].tolist()) == dead
+    assert ranking.sigma_N[-2:].tolist() == [0, 0]
+    assert float(ranking.sigma_N[3]) > 0
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_a_layer_that_nothing_reaches_yet_is_left_alone(score: Score) -> None:
+    layer = mamba()
+    with torch.no_grad():
+        layer.x_proj.weight[layer.dt_rank + torch.arange(6)] = 0
+    rules = rule([6], Target(dim=2), score=score, compensate=True)
+    (plan,) = plan_truncation([moments_of(layer, sequence())], rules, ONLY).layers
+    assert (plan.dim_after, plan.reduction) == (6, None)
+    assert plan.reason == "kept: no state carries anything yet"
+
+
+@pytest.mark.parametrize(("score", "rotates"), [*((score, False) for score in SCORES), ("hankel", True)])
+def test_a_single_state_goes_through_a_plan(score: Score, rotates: bool) -> None:
+    moments = replace(selective_moments(d_state=1), rotates=rotates)
+    rules = rule([1], Target(dim=1, tolerance=0.5), score=score, compensate=not rotates)
+    (plan,) = plan_truncation([moments], rules, ONLY).layers
+    assert (plan.dim_before, plan.dim_after, plan.reduction, plan.mass_kept) == (1, 1, None, 1)
+    assert plan.spectrum[0] > 0
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -119,6 +155,30 @@ def test_ghost_is_the_root_mean_square_of_a_contribution() -> None:
     assert ranking.sigma_N[0] == (moments.hc2_N.max() / 4).sqrt()
 
 
+def test_magnitude_is_the_product_of_norms_of_weights() -> None:
+    layer = mamba()
+    ranking = rank_states(moments_of(layer, sequence()), "magnitude", seed=0)
+    B_ND, C_ND = layer.x_proj.weight[layer.dt_rank :].detach().chunk(2)
+    torch.testing.assert_close(ranking.sigma_N, (B_ND.norm(dim=1) * C_ND.norm(dim=1))[ranking.order_N])
+
+
+def test_averaged_is_the_hsv_of_each_mode_of_the_averaged_system() -> None:
+    """Of a channel whose dt, B and C are their means at all times, each state alone, over the channels."""
+    layer, x_BLM = mamba(), sequence()
+    moments = moments_of(layer, x_BLM)
+    ranking = rank_states(moments, "averaged", seed=0)
+    mean = {name: getattr(moments, name) / moments.tokens for name in ("log_a_DN", "b_DN", "c_N")}
+    squares_N = torch.zeros(6, dtype=F64)
+    for d in range(moments.d_inner):
+        for n in range(6):
+            parts = (mean["log_a_DN"][d, n].exp(), mean["b_DN"][d, n], mean["c_N"][n])
+            mode = LTISystem(
+                *(part.reshape(shape).to(torch.complex128) for part, shape in zip(parts, MODE, strict=True))
+            )
+            squares_N[n] += lti_balancing(mode).sigma_N[0] ** 2
+    torch.testing.assert_close(ranking.sigma_N, squares_N.sqrt()[ranking.order_N])
+
+
 def pooled_error(moments: SelectiveMoments, kept: tuple[int, ...], fold_RN: Tensor) -> float:
     """E|C h - C' h_kept|^2 if C does not depend on h, with the pooled moments of both."""
     lost_NN = torch.eye(moments.d_state, dtype=F64)
@@ -141,6 +201,10 @@ def test_compensation_is_the_best_linear_one(seed: int) -> None:
         direction_RN[:, list(kept)] = 0
         # The ridge moves the optimum by 1e-6 of it, which costs the square of that.
         assert pooled_error(moments, kept, fold_RN + 1e-2 * direction_RN) > best * (1 - 1e-9)
+
+
+def test_compensation_of_nothing_is_the_identity() -> None:
+    assert torch.equal(compensation(selective_moments(d_state=6), range(6)), torch.eye(6, dtype=F64))
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -61,11 +62,19 @@ def test_a_run_leaves_everything_a_person_needs(finished: Finished) -> None:
     assert summary["truncations"][0]["dims_after"] == summary["truncations"][1]["dims_before"] == [8, 8]
     assert [cut["digest"] for cut in summary["truncations"]] == [plan.digest for plan in plans(folder)]
     assert summary["steps"] == config.train.steps == max(losses(folder))
+    rows = read_metrics(folder)
+    probing = sum(row["probe_ms"] for row in rows if row["step"] in (3, 7))
+    assert summary["probe_share"] == pytest.approx(probing / sum(row["step_ms"] for row in rows))
     assert summary["val_loss_final"] < summary["truncations"][0]["val_loss_before"]
     assert parse_config(yaml.safe_load((folder / "config.yaml").read_text())) == config
     for name in ("report.html", "figures/loss.png", "figures/state_dims.png", "figures/hsv_spectra.png"):
         assert (folder / name).stat().st_size > 1000
     assert "cut at step 3: states 16 x 2 layers -> 8 x 2 layers" in output
+    [moved] = [row for row in rows if "hsv_drift_00" in row]
+    assert moved["step"] == 7
+    assert all(0 < moved[f"hsv_drift_0{layer}"] <= 1 for layer in (0, 1))
+    [line] = [line for line in output.splitlines() if "cut at step 7" in line]
+    assert re.search(r"; since the last probe \d+\.\d% of the spectrum moved$", line)
     assert "mlflow ui --backend-store-uri sqlite:////" in output
     assert "deepspeed" not in output.lower()
     assert "RayTrainWorker" in (folder / "logs" / "ray.log").read_text()

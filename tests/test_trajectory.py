@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Literal, get_args
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ CONFIGS: dict[str, AnyConfig] = {
     "mamba2": Mamba2Config(kind="mamba2", headdim=4, **COMMON),
     "lru": LRUConfig(kind="lru", r_min=0.3, r_max=0.9, **COMMON),
 }
+Lacking = Literal["unreachable", "unobservable"]
 Parts = dict[str, tuple[int, list[Tensor]]]
 
 
@@ -48,38 +50,72 @@ def state_axes(mixer: nn.Module) -> Parts:
     return rows | dict.fromkeys(("C_re", "C_im"), (1, [n]))
 
 
-# What makes a state silent: nothing enters it and nothing reads it, so no gradient ever reaches it.
-ENTRANCES = {
-    "mamba": ["x_proj.weight"],
-    "mamba2": ["in_proj.weight", "conv1d.bias"],
-    "lru": ["B_re", "B_im", "C_re", "C_im"],
+# Where inputs enter a state, and where outputs read it: parameters, and which of their blocks. What is zero there gets
+# the only gradients that reach the state, and none if both are.
+ENTRANCES: dict[str, dict[Lacking, list[tuple[str, int]]]] = {
+    "mamba": {"unreachable": [("x_proj.weight", 0)], "unobservable": [("x_proj.weight", 1)]},
+    "mamba2": {
+        "unreachable": [("in_proj.weight", 0), ("conv1d.bias", 0)],
+        "unobservable": [("in_proj.weight", 1), ("conv1d.bias", 1)],
+    },
+    "lru": {"unreachable": [("B_re", 0), ("B_im", 0)], "unobservable": [("C_re", 0), ("C_im", 0)]},
 }
 
 
+def silenced(config: AnyConfig, mixer: nn.Module, *lacking: Lacking) -> Iterator[tuple[str, int, Tensor]]:
+    """By name, the axis and the places at which the padding's states are cut off."""
+    for name, block in (entrance for how in lacking for entrance in ENTRANCES[config.kind][how]):
+        axis, blocks = state_axes(mixer)[name]
+        yield name, axis, blocks[block][list(SILENT)]
+
+
+def places_left(model: SequenceModel, name: str) -> tuple[int, Tensor] | None:
+    """The axis and the places of a parameter that are left without the padding; None where all are."""
+    for i, mixer in enumerate(model.mixers()):
+        prefix = f"backbone.layers.{i}.mixer."
+        if name.startswith(prefix) and (found := state_axes(mixer).get(name.removeprefix(prefix))):
+            axis, blocks = found
+            cut = torch.cat([block[list(SILENT)] for block in blocks])
+            size = model.get_parameter(name).shape[axis]
+            return axis, torch.tensor([j for j in range(size) if j not in cut.tolist()])
+    return None
+
+
 @torch.no_grad()
-def padded_and_bare(config: AnyConfig) -> tuple[SequenceModel, SequenceModel]:
-    """One model twice: with three silent states in each layer, and without."""
+def padded_and_bare(config: AnyConfig, *lacking: Lacking) -> tuple[SequenceModel, SequenceModel]:
+    """One model twice: with three more states in each layer that lack this, and without."""
     torch.manual_seed(0)
     padded = build_model(config, TASK, [PADDED] * 2)
     bare = build_model(config, TASK, [SMALL] * 2)
-    left = torch.tensor([n for n in range(PADDED) if n not in SILENT])
     for mixer in padded.mixers():
-        for name in ENTRANCES[config.kind]:
-            axis, blocks = state_axes(mixer)[name]
-            for block in blocks:
-                mixer.get_parameter(name).index_fill_(axis, block[list(SILENT)], 0)
+        for name, axis, places in silenced(config, mixer, *lacking):
+            mixer.get_parameter(name).index_fill_(axis, places, 0)
     taken = dict(bare.named_parameters())
     for name, parameter in padded.named_parameters():
-        for i, mixer in enumerate(padded.mixers()):
-            prefix = f"backbone.layers.{i}.mixer."
-            if name.startswith(prefix) and (found := state_axes(mixer).get(name.removeprefix(prefix))):
-                axis, blocks = found
-                cut = torch.cat([block[list(SILENT)] for block in blocks])
-                others = torch.tensor([j for j in range(parameter.shape[axis]) if j not in cut.tolist()])
-                parameter = parameter.index_select(axis, others)
-        taken[name].copy_(parameter)
-    assert len(left) == SMALL
+        left = places_left(padded, name)
+        taken[name].copy_(parameter if left is None else parameter.index_select(*left))
     return padded, bare
+
+
+def embedded(config: AnyConfig, padded: SequenceModel, bare: Run, *lacking: Lacking) -> Run:
+    """`bare` as it is by now with the padding of `padded`, whose moments are any that its gradients may have left."""
+    states = bare.states()
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in padded.named_parameters():
+        left = places_left(padded, name)
+        if left is None:
+            continue
+        axis, places = left
+        whole = ParameterState.fresh(parameter.detach().clone())
+        for part, own in zip(whole.tensors(), states[name].tensors(), strict=True):
+            part.index_copy_(axis, places, own)
+        states[name] = whole
+    for i, mixer in enumerate(padded.mixers()):
+        for name, axis, places in silenced(config, mixer, *lacking):
+            for part in states[f"backbone.layers.{i}.mixer.{name}"].tensors()[1:]:
+                moments = torch.rand(part.index_select(axis, places).shape, generator=generator)
+                part.index_copy_(axis, places, moments)
+    return Run(padded, states, bare.step)
 
 
 class Run:
@@ -112,7 +148,8 @@ class Run:
         states = {}
         for name, parameter in self.model.named_parameters():
             adam = self.optimizer.state[parameter]
-            states[name] = ParameterState(parameter.detach().clone(), adam["exp_avg"], adam["exp_avg_sq"])
+            parts = (parameter.detach(), adam["exp_avg"], adam["exp_avg_sq"])
+            states[name] = ParameterState(*(part.clone() for part in parts))
         return states
 
     def cut(self, config: AnyConfig, dim: int, how: Carry = "transport", **changes: object) -> Run:
@@ -135,12 +172,26 @@ class Run:
 @pytest.mark.parametrize(("kind", "compensate"), [*((kind, False) for kind in CONFIGS), ("mamba", True)])
 def test_training_goes_on_as_without_the_padding(kind: str, compensate: bool, backend: str) -> None:
     config = CONFIGS[kind]
-    padded, bare = (Run(model) for model in padded_and_bare(config))
+    padded, bare = (Run(model) for model in padded_and_bare(config, "unreachable", "unobservable"))
     assert padded.train(6) == pytest.approx(bare.train(6), rel=1e-5)
     # Where states are chosen they are the same numbers. An LRU's are computed, and rounded to float32; Adam makes steps
     # of full length from gradients of any size, those of the size of rounding too.
     tolerance = 5e-4 if kind == "lru" else 1e-5
     assert padded.cut(config, SMALL, compensate=compensate).train(10) == pytest.approx(bare.train(10), rel=tolerance)
+
+
+@pytest.mark.parametrize("lacking", get_args(Lacking))
+@pytest.mark.parametrize(("kind", "compensate"), [*((kind, False) for kind in CONFIGS), ("mamba", True)])
+def test_a_state_that_lacks_one_of_both_is_cut_with_the_moments_it_has(
+    kind: str, compensate: bool, lacking: Lacking
+) -> None:
+    """Gradients reach such a state, so it has moments; nothing of them may pass to the others."""
+    config = CONFIGS[kind]
+    padded, bare_model = padded_and_bare(config, lacking)
+    bare = Run(bare_model)
+    bare.train(6)
+    cut = embedded(config, padded, bare, lacking).cut(config, SMALL, compensate=compensate)
+    assert cut.train(10) == pytest.approx(bare.train(10), rel=5e-4 if kind == "lru" else 1e-5)
 
 
 def final_weights(run: Run) -> Tensor:
@@ -152,7 +203,7 @@ def final_weights(run: Run) -> Tensor:
 def test_no_other_way_of_the_moments_does(kind: str, backend: str) -> None:
     """So that the test above can fail: slicing by position takes others' moments, resetting forgets them."""
     config = CONFIGS[kind]
-    padded, bare = (Run(model) for model in padded_and_bare(config))
+    padded, bare = (Run(model) for model in padded_and_bare(config, "unreachable", "unobservable"))
     padded.train(6)
     bare.train(6)
     cuts: dict[Carry, Callable[[], Run]] = {
