@@ -61,6 +61,20 @@ def whole_shape(parameter: nn.Parameter) -> torch.Size:
     return shape
 
 
+def optimizer_step(engine: Any) -> Tensor:
+    """The optimizer's step, after the last part of a batch; the norm of the gradient over all workers, unclipped.
+
+    NaN or infinite where the gradient is: ZeRO 1 to 3 then skip the step without a word, ZeRO-0 spoils the parameters.
+    """
+    if engine.zero_optimization_stage() == 0:  # DeepSpeed keeps no norm
+        gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        engine.step()
+        return norm
+    engine.step()
+    return torch.as_tensor(engine.get_global_grad_norm(), device=engine.device)
+
+
 def forget_engines() -> None:
     """Drop what DeepSpeed keeps, in the whole process, of ZeRO-3 engines that have been destroyed.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -59,8 +60,8 @@ def held_out(rank: int) -> Batch:
 def train(rank: int, config: RunConfig) -> tuple[list[float], Moments, list[str], str]:
     """What one of two workers does.
 
-    Returns the losses of its rows, with those of held-out rows before each cut among them, the parameters that it
-    owns, the plans with their certificates, and the last checksum.
+    Returns the losses of its rows and the norms of the gradients, with the losses of held-out rows before each cut
+    among them, the parameters that it owns, the plans with their certificates, and the last checksum.
     """
     from orchestrator.engine import Engine
 
@@ -69,7 +70,7 @@ def train(rank: int, config: RunConfig) -> tuple[list[float], Moments, list[str]
     losses, plans = [], []
     for step in range(1, STEPS + 1):
         own = batch_at(step).split(group.size)[rank]
-        losses.append(float(engine.step(own, step)))
+        losses += [float(engine.step(own, step)), float(engine.gradient_norm)]
         if step in CUTS:
             statistics = engine.statistics([own])
             summed = [
@@ -121,9 +122,9 @@ def reference(config: RunConfig, plans: list[str]) -> tuple[list[float], Moments
         batch = batch_at(step)
         loss = model.loss(model(batch.inputs), batch.targets)
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip)
         optimizer.step()
-        losses.append(loss.item())
+        losses += [loss.item(), norm.item()]
         states = {
             name: ParameterState(
                 parameter.detach(), optimizer.state[parameter]["exp_avg"], optimizer.state[parameter]["exp_avg_sq"]
@@ -172,6 +173,42 @@ def test_every_stage_trains_as_plain_torch_does(model: str, changes: dict[str, A
     for name, parts in (own | other).items():
         for part, expectation in zip(parts, expected[name], strict=True):
             torch.testing.assert_close(part, expectation, rtol=2e-3, atol=1e-6)
+
+
+def spoil_a_gradient(rank: int, config: RunConfig) -> tuple[list[float], list[float], bool]:
+    """Losses and gradient norms of two steps, the second with NaN in one worker's gradient; is the state of numbers?"""
+    from orchestrator.engine import Engine
+
+    def spoil(module: torch.nn.Module, inputs: Any, out: torch.Tensor) -> None:
+        out.register_hook(lambda gradient: gradient * math.nan)
+
+    engine = Engine(config, TASK, config.model.state_dims, Group(rank, 2, torch.device("cpu")))
+    losses, norms = [], []
+    for step in (1, 2):
+        if step == 2 and rank == 1:
+            engine._model.mixers()[0].register_forward_hook(spoil)
+        losses.append(float(engine.step(batch_at(step).split(2)[rank], step)))
+        norms.append(float(engine.gradient_norm))
+    finite = engine.state().is_finite()
+    engine.close()
+    return losses, norms, finite
+
+
+@pytest.mark.parametrize(("stage", "offload"), [(0, False), (1, False), (2, False), (2, True), (3, False)])
+@pytest.mark.parametrize("grad_clip", [0.0, 0.5])
+def test_a_gradient_that_is_no_number_is_seen_on_every_worker(
+    stage: int, offload: bool, grad_clip: float, pair: Pair
+) -> None:
+    """Though it came from one of them, and the loss of its step looks well."""
+    cluster = {"zero_stage": stage, "offload_optimizer": offload}
+    config = config_of("mamba", cluster=cluster, train={"grad_clip": grad_clip, "accumulation": 2})
+    found = pair(spoil_a_gradient, config)
+    for losses, norms, finite in found:
+        assert all(map(math.isfinite, [*losses, norms[0]]))
+        assert not math.isfinite(norms[1])
+        # ZeRO-0 has made the step, the others have left it out.
+        assert finite == (stage > 0)
+    assert found[0][1][0] == pytest.approx(found[1][1][0])
 
 
 def pass_around(rank: int, configs: list[RunConfig]) -> list[bool]:
