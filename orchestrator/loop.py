@@ -82,6 +82,9 @@ class Worker:
         reservation = ray.util.get_current_placement_group()
         self._publish([Started(self.step, path, cuts, dims, engine.parameter_count, engine.scans, reservation)])
         train, probes = config.train, set(config.probe_steps)
+        if self.step == train.steps:
+            # The machine that had its metrics may be gone, and the summary needs the last ones.
+            self._publish([Measured(self.step, self._evaluate() | self._dims())])
         stop = self._stop_wanted()
         while self.step < train.steps and not stop:
             self.step += 1
@@ -253,14 +256,17 @@ class Worker:
     def _evaluate(self) -> dict[str, float]:
         return self.engine.evaluate(self._held_out())
 
+    def _dims(self) -> dict[str, float]:
+        """The state dimensions as metrics."""
+        return {f"d_state_{layer:02d}": float(dim) for layer, dim in enumerate(self.engine.state_dims)}
+
     def _measure(self, metrics: dict[str, float]) -> bool:
         """Publish what was measured; False where that made the guard take the last cut back.
 
         Raises:
             FloatingPointError: as `_give_up`, for the held-out loss.
         """
-        dims = {f"d_state_{layer:02d}": float(dim) for layer, dim in enumerate(self.engine.state_dims)}
-        self._publish([Measured(self.step, metrics | dims)])
+        self._publish([Measured(self.step, metrics | self._dims())])
         self.val_loss = metrics["val_loss"]
         if not math.isfinite(self.val_loss):
             self._give_up(f"the held-out loss after step {self.step}")

@@ -85,6 +85,36 @@ def test_a_run_without_a_complete_checkpoint_starts_over(finished: Finished, tmp
     assert (folder / MLFLOW_RUN).read_text() == (reference / MLFLOW_RUN).read_text()
 
 
+def test_a_finished_run_whose_machine_is_gone_gets_its_summary_again(finished: Finished, tmp_path: Path) -> None:
+    """From storage that holds the checkpoint of the last step, and nothing else of the run; nothing is trained."""
+    config, reference = finished
+    shutil.copytree(reference / "checkpoints", tmp_path / "storage" / "small")
+    checkpoints = config.checkpoints.model_copy(update={"storage": str(tmp_path / "storage")})
+    summary = launch.train(config.model_copy(update={"storage": tmp_path / "runs", "checkpoints": checkpoints}))
+    original = json.loads((reference / "summary.json").read_text())
+    for key in ("final_dims", "truncations", "val_loss_final"):
+        assert summary[key] == original[key]
+    folder = tmp_path / "runs" / "small"
+    assert losses(folder) == {}
+    assert (folder / "report.html").exists()
+
+
+def test_a_folder_is_taken_away_only_where_nothing_was_started(small_run: dict[str, Any]) -> None:
+    config = parse_config(small_run)
+    with pytest.raises(UserError, match="too early"), run_folder(config) as folder:
+        raise UserError("too early")
+    assert not folder.exists()
+
+    def train() -> None:
+        with run_folder(config) as folder:
+            (folder / "config.yaml").write_text(config.to_yaml())
+            raise UserError("after the training")
+
+    with pytest.raises(UserError, match="after the training"):
+        train()
+    assert (folder / "config.yaml").exists()
+
+
 def test_a_finished_run_is_not_trained_again(finished: Finished, capfd: pytest.CaptureFixture[str]) -> None:
     config, folder = finished
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != "driver.lock"}
