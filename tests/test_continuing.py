@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from compression.plan import StateSelection
 from orchestrator import launch
-from orchestrator.config import RunConfig, parse_config
+from orchestrator.config import RunConfig, Workers, parse_config
 from orchestrator.data.sources import TextFiles
 from orchestrator.errors import UserError
 from orchestrator.mlflow_tracker import MLFLOW_RUN
@@ -67,6 +68,24 @@ def test_continuing_equals_never_having_stopped(finished: Finished, tmp_path: Pa
     original = json.loads((reference / "summary.json").read_text())
     assert [cut["step"] for cut in summary["truncations"]] == [3, 7]
     assert summary["mlflow_run_id"] == original["mlflow_run_id"]
+
+
+@pytest.mark.parametrize(("workers", "stage"), [(1, 2), (2, 0), (2, 3)])
+def test_a_run_continues_with_other_workers_and_at_another_stage(
+    finished: Finished, tmp_path: Path, workers: int, stage: int
+) -> None:
+    """Sums in another order differ in their last bits; the states that are kept do not."""
+    _, reference = finished
+    config, folder = interrupted(finished, tmp_path, after=5)
+    change = {"workers": Workers(min=workers, max=workers), "zero_stage": stage}
+    launch.train(config.model_copy(update={"cluster": config.cluster.model_copy(update=change)}))
+    cut, expected = plans(folder)[-1], plans(reference)[-1]
+    assert (cut.step, cut.attempt, cut.dims_after) == (7, 2, expected.dims_after)
+    for ours, theirs in zip(cut.layers, expected.layers, strict=True):
+        assert isinstance(ours.reduction, StateSelection)
+        assert isinstance(theirs.reduction, StateSelection)
+        assert ours.reduction.kept == theirs.reduction.kept
+    assert losses(folder) == pytest.approx(losses(reference), rel=1e-4)
 
 
 def test_a_run_without_a_complete_checkpoint_starts_over(finished: Finished, tmp_path: Path) -> None:
