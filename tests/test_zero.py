@@ -17,6 +17,7 @@ from compression.gramians import SelectiveMoments
 from compression.moments import ParameterState
 from compression.plan import StateSelection, TruncationPlan
 from compression.planning import Occasion, plan_truncation
+from models.heads import SequenceModel
 from models.registry import ClassificationTask, build_model
 from orchestrator.config import RunConfig, parse_config
 from orchestrator.data.batches import Batch
@@ -57,6 +58,27 @@ def held_out(rank: int) -> Batch:
     return first if rank == 0 else first.unasked()
 
 
+def planned(engine: Any, own: Batch, step: int, group: Group, config: RunConfig) -> TruncationPlan:
+    """The plan of one of the cuts, from all workers' statistics."""
+    statistics = engine.statistics([own])
+    summed = [
+        part.from_vector(group.sum(part.to_vector())) if isinstance(part, SelectiveMoments) else part
+        for part in statistics
+    ]
+    assert config.truncation_rule is not None
+    return plan_truncation(summed, config.truncation_rule, Occasion(step, 1, CUTS.index(step) + 1, len(CUTS)))
+
+
+def shrunk(model: SequenceModel, plan: TruncationPlan, states: dict[str, ParameterState]) -> dict[str, ParameterState]:
+    """All parameters and moments after a cut, through the layers' own `shrink`."""
+    states = dict(states)
+    for i, mixer in enumerate(model.mixers()):
+        prefix = f"backbone.layers.{i}.mixer."
+        own = {name.removeprefix(prefix): states.pop(name) for name in list(states) if name.startswith(prefix)}
+        states |= {prefix + name: part for name, part in mixer.shrink(plan.layers[i], own).items()}
+    return states
+
+
 def train(rank: int, config: RunConfig) -> tuple[list[float], Moments, list[str], str]:
     """What one of two workers does.
 
@@ -72,13 +94,7 @@ def train(rank: int, config: RunConfig) -> tuple[list[float], Moments, list[str]
         own = batch_at(step).split(group.size)[rank]
         losses += [float(engine.step(own, step)), float(engine.gradient_norm)]
         if step in CUTS:
-            statistics = engine.statistics([own])
-            summed = [
-                part.from_vector(group.sum(part.to_vector())) if isinstance(part, SelectiveMoments) else part
-                for part in statistics
-            ]
-            assert config.truncation_rule is not None
-            plan = plan_truncation(summed, config.truncation_rule, Occasion(step, 1, CUTS.index(step) + 1, len(CUTS)))
+            plan = planned(engine, own, step, group, config)
             plan, metrics = engine.certify(plan, [held_out(rank)])
             losses.append(metrics["val_loss"])
             engine.reshape(plan)
@@ -91,7 +107,7 @@ def train(rank: int, config: RunConfig) -> tuple[list[float], Moments, list[str]
 
 
 def reference(config: RunConfig, plans: list[str]) -> tuple[list[float], Moments]:
-    """One process, torch's AdamW, the same cuts through the layers' own `shrink`."""
+    """One process, torch's AdamW, the same cuts."""
     from orchestrator.engine import learning_rate
 
     cuts = {plan.step: plan for plan in map(TruncationPlan.from_json, plans)}
@@ -133,10 +149,7 @@ def reference(config: RunConfig, plans: list[str]) -> tuple[list[float], Moments
         }
         if step in cuts:
             losses.append(float(model.loss(model(held_out(0).inputs), held_out(0).targets)))
-            for i, mixer in enumerate(model.mixers()):
-                prefix = f"backbone.layers.{i}.mixer."
-                own = {name.removeprefix(prefix): states.pop(name) for name in list(states) if name.startswith(prefix)}
-                states |= {prefix + name: part for name, part in mixer.shrink(cuts[step].layers[i], own).items()}
+            states = shrunk(model, cuts[step], states)
             model = build_model(config.model, TASK, cuts[step].dims_after)
             model.load_state_dict({name: state.value for name, state in states.items()})
         model.zero_grad()
@@ -242,6 +255,39 @@ def test_a_state_passes_between_stages_bit_by_bit(pair: Pair) -> None:
     ]
     for found in pair(pass_around, configs):
         assert all(found)
+
+
+def cut_in_bfloat16(rank: int, config: RunConfig) -> bool:
+    """Are this worker's masters and moments after a cut bit by bit what the layers make of those before it?"""
+    from orchestrator.engine import Engine
+
+    group = Group(rank, 2, torch.device("cpu"))
+    engine = Engine(config, TASK, config.model.state_dims, group)
+    for step in range(1, CUTS[0] + 1):
+        own = batch_at(step).split(2)[rank]
+        engine.step(own, step)
+    before, whole = engine.state(), {}
+    for name, shape in before.shapes.items():
+        parts = before.own[name].tensors() if name in before.own else torch.empty(3, *shape)
+        whole[name] = ParameterState(*group.broadcast(torch.stack(tuple(parts)), before.owners[name]))
+    plan = planned(engine, own, CUTS[0], group, config)
+    assert plan.dims_after == (8, 8)
+    expected = shrunk(engine._model, plan, whole)
+    engine.reshape(plan)
+    after = engine.state()
+    assert after.shapes == {name: tuple(state.value.shape) for name, state in expected.items()}
+    engine.close()
+    pairs = [zip(state.tensors(), expected[name].tensors(), strict=True) for name, state in after.own.items()]
+    return all(torch.equal(*pair) for parts in pairs for pair in parts)
+
+
+STAGES = [(0, False), *((stage, offload) for stage in (1, 2, 3) for offload in (False, True))]
+
+
+@pytest.mark.parametrize(("stage", "offload"), STAGES)
+def test_a_cut_in_bfloat16_rounds_no_master_and_no_moment(stage: int, offload: bool, pair: Pair) -> None:
+    cluster = {"zero_stage": stage, "offload_optimizer": offload}
+    assert all(pair(cut_in_bfloat16, config_of("mamba", cluster=cluster, train={"precision": "bfloat16"})))
 
 
 def plan_to(engine: Any, step: int, dim: int) -> TruncationPlan:
