@@ -82,6 +82,10 @@ class Folder:
         info = self._insist(lambda: self.filesystem.get_file_info(f"{self.path}/{name}"))
         return bool(info.type == FileType.File)
 
+    def is_link(self, name: str) -> bool:
+        """Whether a name leads to a file elsewhere, which only this machine's filesystems know."""
+        return self.is_local and Path(self.path, name).is_symlink()
+
     def read(self, name: str) -> bytes | None:
         """The content of a file; None where there is none."""
 

@@ -5,6 +5,7 @@ Every worker here is a writer of its own; the storage is a real folder, and an S
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import multiprocessing
@@ -35,7 +36,7 @@ from orchestrator.filesystem import Folder
 from orchestrator.group import Group
 from orchestrator.retention import kept, prune
 from orchestrator.sharded_state import ShardedState, assign_owners
-from orchestrator.storage import run_folder
+from orchestrator.storage import checkpoints_of, run_folder
 
 SHAPES = {"embedding": (7, 3), "mixer.A": (4,), "mixer.B": (4, 5), "norm": (1,), "scalar": ()}
 TOKEN, OTHER = "0" * 15 + "1", "f" * 16
@@ -56,8 +57,8 @@ def share(whole: dict[str, ParameterState], rank: int, workers: int) -> ShardedS
     return ShardedState(owners, dict(SHAPES), own, optimizer_step=3)
 
 
-def manifest(step: int, workers: int = 1, val_loss: float | None = None, after_cut: bool = False) -> Manifest:
-    return Manifest(
+def manifest(step: int, workers: int = 1, **content: Any) -> Manifest:
+    plain = Manifest(
         step=step,
         optimizer_step=3,
         state_dims=[4],
@@ -65,11 +66,12 @@ def manifest(step: int, workers: int = 1, val_loss: float | None = None, after_c
         shard_of=share(states(0), 0, workers).owners,
         shards=[],
         truncations=[{"val_loss_after": math.inf}],
-        val_loss=val_loss,
-        after_cut=after_cut,
+        val_loss=None,
+        after_cut=False,
         config={},
         data_sha256="",
     )
+    return plain.model_copy(update=content)
 
 
 def write(folder: Folder, step: int, workers: int = 1, token: str = TOKEN, seed: int = 0, **content: Any) -> Folder:
@@ -337,16 +339,71 @@ def test_manifests_that_were_changed_or_point_elsewhere_are_refused(folder: Fold
     path = write(folder, 5)
     content = path.read(MANIFEST)
     assert content is not None
-    (shard,) = checkpoint.verify(path).shards
-    whole = json.loads(content)
-    forged = [whole | {"step": 6}, whole | {"shards": [{"file": f"../{shard.file}", "sha256": shard.sha256}]}]
-    for text in (*map(json.dumps, forged), content[:-9].decode(), ""):
+    forged = json.dumps(json.loads(content) | {"step": 6})
+    for text in (forged, content[:-9].decode(), ""):
         path.write(MANIFEST, text.encode())
         with pytest.raises(UserError, match=r"checkpoint manifest .*manifest\.json is damaged"):
             checkpoint.verify(path)
     path.delete(MANIFEST)
     with pytest.raises(UserError, match=r"checkpoint manifest .*manifest\.json is missing"):
         checkpoint.verify(path)
+
+
+def sealed(content: dict[str, Any]) -> bytes:
+    """A manifest with the digest that belongs to it, as anyone can compute it."""
+    rest = {key: value for key, value in content.items() if key != "digest"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return json.dumps(rest | {"digest": digest}).encode()
+
+
+def test_manifests_with_a_digest_of_their_own_are_refused_for_what_they_say(folder: Folder) -> None:
+    path = write(folder, 5)
+    content = path.read(MANIFEST)
+    assert content is not None
+    whole = json.loads(content)
+    path.write(MANIFEST, sealed(whole))
+    assert equal(restored(path), states(0)), "sealed as the writer does"
+    (shard,) = whole["shards"]
+    unnamed = "is damaged: it names no shard for some of its parameters"
+    for change, words in [
+        ({"shards": [shard | {"file": f"../step-00000005/{shard['file']}"}]}, "is damaged, or of another version"),
+        ({"shards": [shard | {"file": "/etc/passwd"}]}, "is damaged, or of another version"),
+        ({"shard_of": whole["shard_of"] | {"norm": 1}}, unnamed),
+        ({"shard_of": whole["shard_of"] | {"norm": -1}}, unnamed),
+        ({"shard_of": {}}, unnamed),
+        ({"step": 6}, "is of step 6"),
+    ]:
+        path.write(MANIFEST, sealed(whole | change))
+        with pytest.raises(UserError, match=rf"checkpoint manifest .*manifest\.json {words}"):
+            checkpoint.verify(path)
+
+
+def test_a_shard_that_leads_out_of_its_folder_is_refused(tmp_path: Path) -> None:
+    """Though what it leads to is what was written."""
+    path = write(Folder.of(tmp_path, "place"), 5)
+    (shard,) = checkpoint.verify(path).shards
+    file = Path(path.path, shard.file)
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"checkpoint shard {file} is a link"):
+        checkpoint.verify(path)
+
+
+def test_a_checkpoint_in_the_place_of_another_is_refused(small_run: dict[str, Any]) -> None:
+    """Whole and undamaged: another run's by its config or its data, and the run's own by its step."""
+    config = parse_config(small_run)
+    place = checkpoints_of(config.storage / config.name, None)
+    mine = config.model_dump(mode="json")
+    for content, words in [
+        ({"config": mine | {"seed": 5}}, r"another value of seed \(was 5, is 0\)"),
+        ({"config": mine, "data_sha256": "0" * 64}, "is not what it was trained on"),
+    ]:
+        path = write(place, 5, **content)
+        with pytest.raises(UserError, match=words):
+            launch.train(config)
+    shutil.copytree(path.path, checkpoint.at(place, 9).path)
+    with pytest.raises(UserError, match=r"step-00000009/manifest\.json is of step 5, not of its folder's"):
+        launch.train(config)
 
 
 # --- which stay ---
