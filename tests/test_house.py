@@ -17,6 +17,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from orchestrator.versions import SERIES
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES: list[str] = PROJECT["tool"]["setuptools"]["packages"]
@@ -149,6 +151,12 @@ def test_pinned_versions_satisfy_the_ranges(requirement: Requirement) -> None:
     name = canonicalize_name(requirement.name)
     assert name in pinned, f"{name} has no pin in constraints.txt"
     assert requirement.specifier.contains(pinned[name], prereleases=True)
+
+
+def test_what_is_required_of_deepspeed_is_what_is_checked() -> None:
+    (required,) = [requirement for requirement in requirements() if requirement.name == "deepspeed"]
+    assert required.specifier.contains(f"{SERIES}.0")
+    assert not required.specifier.contains(f"{Version(SERIES).major}.{Version(SERIES).minor + 1}.0")
 
 
 @pytest.mark.parametrize("package", PACKAGES)
