@@ -6,13 +6,13 @@ disk is not tried again.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -110,11 +110,18 @@ class Folder:
 
         def write() -> None:
             self.filesystem.create_dir(self.path, recursive=True)
-            with self.filesystem.open_output_stream(target, compression=None) as stream:
-                stream.write(content)
-            if self.is_local:
-                _flush_to_disk(target)
-                self.filesystem.move(target, final)
+            try:
+                with self.filesystem.open_output_stream(target, compression=None) as stream:
+                    stream.write(content)
+                if self.is_local:
+                    _flush_to_disk(target)
+                    self.filesystem.move(target, final)
+            except OSError:
+                if self.is_local:
+                    # A full disk should not be kept full by what did not fit. Where this fails too, the first says why.
+                    with contextlib.suppress(OSError):
+                        os.unlink(target)
+                raise
 
         self._insist(write)
 
@@ -140,7 +147,7 @@ class Folder:
 
         self._insist(delete)
 
-    @contextmanager
+    @contextlib.contextmanager
     def on_disk(self, name: str, sha256: str) -> Iterator[Path]:
         """A file of this machine with the content of `name`: itself, or else a copy for as long as the context lasts.
 

@@ -32,6 +32,7 @@ from orchestrator.group import Group, limit_waiting
 from orchestrator.guard import Watch
 from orchestrator.retention import prune
 from orchestrator.run_folder import drop_plans_after, last_plan, next_attempt, write_plan
+from orchestrator.sharded_state import ShardedState
 from orchestrator.storage import checkpoints_of
 
 
@@ -68,7 +69,8 @@ class Worker:
         self.uncut = self.checkpoints / "uncut"
         self.writer = Writer(self.group.rank, self.group.size, config.cluster.timeout_s)
         self.stopping = False
-        self.attempt, step = self.group.from_first(self._take_over() if self.group.rank == 0 else None)
+        taken_over = self.group.together(lambda: self._take_over() if self.group.rank == 0 else None)
+        self.attempt, step = self.group.from_first(taken_over)
         self.resumed_from = checkpoint.at(self.checkpoints, step) if step else None
         self.engine = self._start(description.task)
         limit_waiting(config.cluster.timeout_s)
@@ -125,12 +127,17 @@ class Worker:
         config, path = self.config, self.resumed_from
         if path is None:
             return Engine(config, task, config.model.state_dims, self.group)
-        manifest = checkpoint.read_manifest(path)
+        manifest, state = self.group.together(lambda: self._read(path, checkpoint.read_manifest))
         engine = Engine(config, task, manifest.state_dims, self.group)
-        engine.load(checkpoint.load(path, manifest, self.group))
+        engine.load(state)
         self.step, self.watch, self.val_loss = manifest.step, manifest.watch, manifest.val_loss
         self.truncations = [CutRecord(**record) for record in manifest.truncations]
         return engine
+
+    def _read(self, path: Folder, read: Callable[[Folder], Manifest]) -> tuple[Manifest, ShardedState]:
+        """The manifest of a checkpoint, as `read` gives it, and this rank's share of the state."""
+        manifest = read(path)
+        return manifest, checkpoint.load(path, manifest, self.group)
 
     def _may_cut(self) -> bool:
         """Nothing more is cut after a cut that was taken back."""
@@ -291,11 +298,10 @@ class Worker:
         assert self.watch is not None
         step = self.watch.step
         self._publish([RolledBack(step, reason)])
-        self.writer.wait()
-        self.group.barrier()  # rank 0 has waited for the whole checkpoint
-        manifest = checkpoint.verify(self.uncut)
+        self.group.together(self.writer.wait)  # rank 0 for the whole checkpoint
+        manifest, state = self.group.together(lambda: self._read(self.uncut, checkpoint.verify))
         assert manifest.step == step, f"the checkpoint before the cut is of step {manifest.step}, not {step}"
-        self.engine.restore(manifest.state_dims, checkpoint.load(self.uncut, manifest, self.group))
+        self.engine.restore(manifest.state_dims, state)
         self.step, self.watch, self.val_loss = step, None, manifest.val_loss
         self.truncations = [replace(cut, rolled_back=cut.step >= step) for cut in self.truncations]
         self._save(after_cut=False)
@@ -325,7 +331,7 @@ class Worker:
         Raises:
             FloatingPointError: the state is not worth keeping: a part of it is NaN or infinite; on every worker.
         """
-        self.writer.wait()
+        self.group.together(self.writer.wait)
         state = self.engine.state()
         if float(self.group.sum(torch.tensor([float(not state.is_finite())]))) > 0:
             what = f"a parameter or moment after step {self.step}"

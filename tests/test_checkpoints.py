@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import socket
 import subprocess
@@ -18,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
@@ -33,10 +34,12 @@ from orchestrator.checkpoint_writer import MissingShardError, Writer
 from orchestrator.config import CheckpointsConfig, ClusterConfig, parse_config
 from orchestrator.errors import TrainingError, UserError
 from orchestrator.filesystem import Folder
-from orchestrator.group import Group
+from orchestrator.group import Group, limit_waiting
 from orchestrator.retention import kept, prune
 from orchestrator.sharded_state import ShardedState, assign_owners
 from orchestrator.storage import checkpoints_of, run_folder
+from tests.conftest import Pair
+from tests.runs import wait_until
 
 SHAPES = {"embedding": (7, 3), "mixer.A": (4,), "mixer.B": (4, 5), "norm": (1,), "scalar": ()}
 TOKEN, OTHER = "0" * 15 + "1", "f" * 16
@@ -253,6 +256,28 @@ def test_a_full_disk_fails_at_once_and_spares_what_was_there(tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match=r"checkpoint .*step-00000002 cannot be written: No space left on device"):
         writer.wait()
     assert time.monotonic() - started < 30
+    assert checkpoint.newest(folder) == earlier
+    assert equal(restored(earlier), states(0))
+
+
+def _write_with_room_for(limit: int, folder: Path) -> str:
+    """What a checkpoint ends with that outgrows a limit for files."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        write(Folder.of(folder, "place", retry_s=60), 2)
+    except CheckpointError as error:
+        return str(error)
+    return "written"
+
+
+def test_a_shard_that_does_not_fit_leaves_nothing_behind(tmp_path: Path) -> None:
+    """It fails in the middle of the shard."""
+    folder = Folder.of(tmp_path, "place")
+    earlier = write(folder, 1)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        said = pool.submit(_write_with_room_for, 200, tmp_path).result()
+    assert said == f"checkpoint {checkpoint.at(folder, 2)} cannot be written: File too large"
+    assert checkpoint.at(folder, 2).names() == []
     assert checkpoint.newest(folder) == earlier
     assert equal(restored(earlier), states(0))
 
@@ -506,6 +531,52 @@ def test_a_run_on_s3_continues_though_its_machine_is_gone_and_is_loaded_from_the
 
     uri = server.uri.replace("checkpoints?", "checkpoints/small?")
     assert command("-c", LOADED_ALONE, str(run), uri) == "[4, 4] [4, 4]\n"
+
+
+@pytest.mark.cluster
+def test_storage_that_goes_away_in_the_middle_of_a_run_is_waited_for(
+    small_run: dict[str, Any], local_ray: None, tmp_path: Path
+) -> None:
+    """The run stands still meanwhile, loses no worker, and ends with all its checkpoints."""
+    there, away, place = tmp_path / "disk", tmp_path / "away", tmp_path / "storage" / "small"
+    small_run["checkpoints"] |= {"storage": str(place.parent)}
+    there.mkdir()
+    place.parent.mkdir()
+    place.symlink_to(there)
+    last = there / "step-00000012" / MANIFEST
+
+    def disappear() -> bool:
+        wait_until((there / "step-00000003" / MANIFEST).exists, "the first checkpoint")
+        away.symlink_to("/dev/null/nothing")
+        away.replace(place)
+        time.sleep(5)
+        missed = not last.exists()
+        away.symlink_to(there)
+        away.replace(place)
+        return missed
+
+    with ThreadPoolExecutor(1) as pool:
+        missed = pool.submit(disappear)
+        summary = launch.train(parse_config(small_run))
+        assert missed.result(), "storage was there again before it was needed"
+    folder = Folder.of(place, "place")
+    assert [checkpoint.verify(checkpoint.at(folder, step)).step for step in (3, 5, 7, 10, 12)] == [3, 5, 7, 10, 12]
+    assert summary["final_dims"] == [4, 4]
+    assert (Path(small_run["storage"]) / "small" / "attempt").read_text() == "1\n"
+
+
+def _write_slowly(rank: int) -> int:
+    """A write on one rank that lasts longer than any rank waits in a collective."""
+    limit_waiting(1)
+    try:
+        return Group(rank, 2, CPU).together(lambda: time.sleep(3 * rank) or rank)  # type: ignore[func-returns-value]
+    finally:
+        limit_waiting(1800)
+
+
+@pytest.mark.cluster
+def test_workers_wait_for_a_write_longer_than_for_each_other(pair: Pair) -> None:
+    assert pair(_write_slowly) == [0, 1]
 
 
 @pytest.mark.cluster
