@@ -39,7 +39,7 @@ from orchestrator.retention import kept, prune
 from orchestrator.sharded_state import ShardedState, assign_owners
 from orchestrator.storage import checkpoints_of, run_folder
 from tests.conftest import Pair
-from tests.runs import wait_until
+from tests.runs import dims_loaded_alone, wait_until
 
 SHAPES = {"embedding": (7, 3), "mixer.A": (4,), "mixer.B": (4, 5), "norm": (1,), "scalar": ()}
 TOKEN, OTHER = "0" * 15 + "1", "f" * 16
@@ -473,6 +473,12 @@ def test_a_damaged_checkpoint_is_not_deleted_for_its_loss(folder: Folder) -> Non
 # --- where ---
 
 
+def test_google_storage_is_understood() -> None:
+    """As far as that goes without a network."""
+    folder = Folder.of("gs://anonymous@bucket/checkpoints/", "checkpoints.storage") / "small"
+    assert (folder.path, folder.is_local, folder.name) == ("bucket/checkpoints/small", False, "small")
+
+
 @pytest.mark.parametrize(
     ("storage", "words"),
     [
@@ -491,15 +497,6 @@ def test_storage_that_cannot_be_used_is_refused_in_one_sentence(
         pytest.fail("the run began")
     assert "\n" not in str(refused.value)
     assert list(Path(small_run["storage"]).iterdir()) == []
-
-
-# What must not be loaded to use a model; importing any of it fails there.
-LOADED_ALONE = """
-import sys
-sys.modules |= dict.fromkeys(["ray", "deepspeed", "mlflow"])
-from orchestrator.inference import load_model
-print(load_model(sys.argv[1]).state_dims, load_model(sys.argv[2]).state_dims)
-"""
 
 
 @pytest.mark.cluster
@@ -530,7 +527,7 @@ def test_a_run_on_s3_continues_though_its_machine_is_gone_and_is_loaded_from_the
     assert all(torch.equal(again[name], value) for name, value in ended.items())
 
     uri = server.uri.replace("checkpoints?", "checkpoints/small?")
-    assert command("-c", LOADED_ALONE, str(run), uri) == "[4, 4] [4, 4]\n"
+    assert dims_loaded_alone(str(run), uri) == "[4, 4] [4, 4]\n"
 
 
 @pytest.mark.cluster

@@ -23,7 +23,7 @@ from orchestrator.errors import UserError
 from orchestrator.mlflow_tracker import MLFLOW_RUN
 from orchestrator.storage import run_folder
 from tests.conftest import small_run as small_run_fixture
-from tests.runs import losses, plans, saved, start, wait_until
+from tests.runs import dims_loaded_alone, losses, plans, saved, start, wait_until
 
 pytestmark = pytest.mark.cluster
 Finished = tuple[RunConfig, Path]
@@ -132,6 +132,11 @@ def test_a_folder_is_taken_away_only_where_nothing_was_started(small_run: dict[s
     with pytest.raises(UserError, match="after the training"):
         train()
     assert (folder / "config.yaml").exists()
+
+
+def test_the_model_of_a_run_is_loaded_without_the_cluster(finished: Finished) -> None:
+    _, folder = finished
+    assert dims_loaded_alone(str(folder)) == "[4, 4]\n"
 
 
 def test_a_finished_run_is_not_trained_again(finished: Finished, capfd: pytest.CaptureFixture[str]) -> None:

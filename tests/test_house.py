@@ -22,6 +22,7 @@ from orchestrator.versions import SERIES
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES: list[str] = PROJECT["tool"]["setuptools"]["packages"]
+SHIPPED = sorted({package.split(".")[0] for package in PACKAGES})
 PYTHON = SpecifierSet(PROJECT["project"]["requires-python"])
 # Each folder, from the bottom of the house to the top, and what it must not know.
 CLUSTER_LIBRARIES = {"ray", "deepspeed", "mlflow"}
@@ -91,6 +92,23 @@ def test_the_mathematics_loads_without_the_cluster() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout.split() == ["[]"]
+
+
+def test_nothing_that_is_shipped_reads_a_pickle() -> None:
+    """Neither by itself nor through torch or numpy: a checkpoint or a dataset could hold any code."""
+    unpicklers = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+    wrong, files = [], [path for folder in SHIPPED for path in python_files(folder)]
+    assert len(files) > 50
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            parts = {part for name in imported_names(path, node) for part in name.split(".")}
+            found = [f"imports {name}" for name in parts & unpicklers]
+            if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load":
+                found.append("uses torch.load")
+            if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+                found.append("sets allow_pickle")
+            wrong += [f"{path.relative_to(ROOT)} {what}" for what in found]
+    assert wrong == []
 
 
 def test_no_circular_imports() -> None:
