@@ -102,9 +102,15 @@ def at(folder: Folder, step: int) -> Folder:
     return folder / f"step-{step:08d}"
 
 
+def _step_of(name: str) -> int | None:
+    """The step that a folder's name says; None for another name."""
+    match = re.fullmatch(r"step-(\d{8,})", name)
+    return int(match[1]) if match else None
+
+
 def steps(folder: Folder) -> list[int]:
     """Steps of all checkpoints in `folder`, complete or not, ascending."""
-    return sorted(int(match[1]) for name in folder.names() if (match := re.fullmatch(r"step-(\d{8,})", name)))
+    return sorted(step for name in folder.names() if (step := _step_of(name)) is not None)
 
 
 def newest(folder: Folder) -> Folder | None:
@@ -143,6 +149,8 @@ def verify(path: Folder) -> Manifest:
 
     def check(shard: Shard) -> None:
         file = path / shard.file
+        if path.is_link(shard.file):
+            raise UserError(f"checkpoint shard {file} is a link, which may lead outside its folder; it must be a file")
         try:
             digest = path.sha256(shard.file)
         except OSError as error:
@@ -192,7 +200,7 @@ def read_manifest(path: Folder) -> Manifest:
     """The manifest of the checkpoint in a folder.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: it is missing or damaged, or of another step than its folder.
     """
     file = path / MANIFEST
     try:
@@ -207,4 +215,12 @@ def read_manifest(path: Folder) -> Manifest:
         raise UserError(f"checkpoint manifest {file} is damaged, or of another version of Rayduce") from error
     if manifest.content_digest() != manifest.digest:
         raise UserError(f"checkpoint manifest {file} is damaged: its content does not match its digest")
+    named = [index in range(len(manifest.shards)) for index in manifest.shard_of.values()]
+    if manifest.shard_of.keys() != manifest.shapes.keys() or not all(named):
+        raise UserError(f"checkpoint manifest {file} is damaged: it names no shard for some of its parameters")
+    if _step_of(path.name) not in (None, manifest.step):
+        raise UserError(
+            f"checkpoint manifest {file} is of step {manifest.step}, not of its folder's; delete {path} to continue "
+            "from the one before"
+        )
     return manifest

@@ -12,6 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from orchestrator.errors import UserError
+from orchestrator.versions import deepspeed_version
+
 GIB = 2**30
 REINSTALL = "install Rayduce again into this environment: pip install --editable ."
 
@@ -131,8 +134,15 @@ def _package(subject: str, distribution: str) -> Finding:
         return Finding(subject, "missing", "not installed", REINSTALL)
 
 
+def _deepspeed() -> Finding:
+    try:
+        return Finding("DeepSpeed", "ok", deepspeed_version())
+    except UserError as error:
+        return Finding("DeepSpeed", "missing", str(error))
+
+
 def _torch_gpu_deepspeed() -> list[Finding]:
-    deepspeed = _package("DeepSpeed", "deepspeed")
+    deepspeed = _deepspeed()
     try:
         import torch
     except (ImportError, OSError) as error:

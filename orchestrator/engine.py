@@ -25,7 +25,15 @@ from orchestrator.data.batches import Batch
 from orchestrator.failpoints import reach
 from orchestrator.group import Group
 from orchestrator.sharded_state import ShardedState, States, parameter_groups
-from orchestrator.zero import EngineState, avoid_impossible_builds, forget_engines, gathered, partition, whole_shape
+from orchestrator.zero import (
+    EngineState,
+    avoid_impossible_builds,
+    forget_engines,
+    gathered,
+    optimizer_step,
+    partition,
+    whole_shape,
+)
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:
@@ -45,6 +53,8 @@ class Engine:
         self._config = config
         self._task = task
         self._group = group
+        self.gradient_norm = torch.zeros((), device=group.device)
+        """Of the last step, over all workers and before clipping; NaN or infinite where that step was none."""
         avoid_impossible_builds()
         self._build(state_dims)
 
@@ -62,7 +72,10 @@ class Engine:
             weight = len(part.targets) * train.accumulation * self._group.size / train.batch_size
             loss = self._model.loss(self._engine(part.inputs), part.targets) * weight
             self._engine.backward(loss)
-            self._engine.step()  # the optimizer's at the last part only
+            if self._engine.is_gradient_accumulation_boundary():
+                self.gradient_norm = optimizer_step(self._engine)
+            else:
+                self._engine.step()  # counts the part
             share += loss.detach() / train.accumulation
         return share
 

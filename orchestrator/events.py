@@ -61,13 +61,10 @@ class Probed:
 
 @dataclass(frozen=True)
 class RolledBack:
-    """The guard has returned the run to the state before the cut at `step`; it measured `value` after step `at`."""
+    """The guard has returned the run to the state before the cut at `step`."""
 
     step: int
-    at: int
-    metric: str
-    before: float
-    value: float
+    reason: str
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ disk is not tried again.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -82,6 +82,10 @@ class Folder:
         info = self._insist(lambda: self.filesystem.get_file_info(f"{self.path}/{name}"))
         return bool(info.type == FileType.File)
 
+    def is_link(self, name: str) -> bool:
+        """Whether a name leads to a file elsewhere, which only this machine's filesystems know."""
+        return self.is_local and Path(self.path, name).is_symlink()
+
     def read(self, name: str) -> bytes | None:
         """The content of a file; None where there is none."""
 
@@ -106,11 +110,18 @@ class Folder:
 
         def write() -> None:
             self.filesystem.create_dir(self.path, recursive=True)
-            with self.filesystem.open_output_stream(target, compression=None) as stream:
-                stream.write(content)
-            if self.is_local:
-                _flush_to_disk(target)
-                self.filesystem.move(target, final)
+            try:
+                with self.filesystem.open_output_stream(target, compression=None) as stream:
+                    stream.write(content)
+                if self.is_local:
+                    _flush_to_disk(target)
+                    self.filesystem.move(target, final)
+            except OSError:
+                if self.is_local:
+                    # A full disk should not be kept full by what did not fit. Where this fails too, the first says why.
+                    with contextlib.suppress(OSError):
+                        os.unlink(target)
+                raise
 
         self._insist(write)
 
@@ -136,7 +147,7 @@ class Folder:
 
         self._insist(delete)
 
-    @contextmanager
+    @contextlib.contextmanager
     def on_disk(self, name: str, sha256: str) -> Iterator[Path]:
         """A file of this machine with the content of `name`: itself, or else a copy for as long as the context lasts.
 

@@ -121,13 +121,10 @@ class Follower:
                 else:
                     self.cuts.append(cut)
                     self._terminal.line(describe_cut(cut) + describe_movement(plan))
-            case RolledBack(step, at, metric, before, value):
+            case RolledBack(step, reason):
                 self.step = step
                 self.cuts = [replace(cut, rolled_back=cut.rolled_back or cut.step >= step) for cut in self.cuts]
-                self._terminal.line(
-                    f"rolled back to step {step}, before the cut: {metric} was {before:.4f} there and is {value:.4f} "
-                    f"after step {at}; nothing more will be cut"
-                )
+                self._terminal.line(f"rolled back to step {step}, before the cut: {reason}; nothing more will be cut")
             case Saved(_, path):
                 self.checkpoint = path
             case Stopped(step):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
+_ASK_EVERY_S = 0.1
 
 
 def limit_waiting(timeout_s: float) -> None:
@@ -58,6 +62,23 @@ class Group:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+    def together(self, action: Callable[[], T]) -> T:
+        """What `action`, which makes no collective calls, returns here, once it has ended on every rank; collective.
+
+        It may take one rank longer than the others wait in any collective: what they do meanwhile is ask again.
+        """
+        pool = ThreadPoolExecutor(1, thread_name_prefix="together")
+        future = pool.submit(action)
+        pool.shutdown(wait=False)  # should another rank be lost, its loss counts and not the rest of the action
+        going = True
+        while going:
+            wait([future], timeout=_ASK_EVERY_S)
+            done = future.done()
+            if done:
+                future.result()  # where it has failed, the others learn of it by our end
+            going = float(self.sum(torch.tensor([float(not done)]))) > 0
+        return future.result()
 
     def gather_digests(self, digest: str) -> list[str]:
         """Every worker's SHA-256 digest, by rank, as hexadecimal."""

@@ -35,6 +35,7 @@ from orchestrator.storage import earlier_start, finished, run_folder, start_over
 from orchestrator.summary import describe_summary, write_summary
 from orchestrator.terminal import Terminal, chatter_to, duration
 from orchestrator.tracking import Tracker, tracking
+from orchestrator.versions import deepspeed_version
 from orchestrator.worker import run_worker
 
 
@@ -45,12 +46,13 @@ def train(config: RunConfig) -> dict[str, Any]:
     as it is.
 
     Raises:
-        UserError: something in the config, the data, the storage or the checkpoint is not usable, or another
-            driver is at work in the folder; nothing has been started.
+        UserError: something in the config, the data, the storage or the checkpoint is not usable, DeepSpeed is of
+            another version, or another driver is at work in the folder; nothing has been started.
         TrainingError: the workers failed; the folder holds the log and the last complete checkpoint.
         Interrupted: SIGINT or SIGTERM ended the run before its last step.
     """
     started = time.perf_counter()
+    deepspeed_version()
     with run_folder(config) as folder, ExitStack() as stack:
         if (summary := finished(config, folder)) is not None:
             print(f"run {config.name} is finished: {folder / 'summary.json'}; another name= starts a new run")

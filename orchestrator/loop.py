@@ -32,6 +32,7 @@ from orchestrator.group import Group, limit_waiting
 from orchestrator.guard import Watch
 from orchestrator.retention import prune
 from orchestrator.run_folder import drop_plans_after, last_plan, next_attempt, write_plan
+from orchestrator.sharded_state import ShardedState
 from orchestrator.storage import checkpoints_of
 
 
@@ -68,11 +69,12 @@ class Worker:
         self.uncut = self.checkpoints / "uncut"
         self.writer = Writer(self.group.rank, self.group.size, config.cluster.timeout_s)
         self.stopping = False
-        self.attempt, step = self.group.from_first(self._take_over() if self.group.rank == 0 else None)
+        taken_over = self.group.together(lambda: self._take_over() if self.group.rank == 0 else None)
+        self.attempt, step = self.group.from_first(taken_over)
         self.resumed_from = checkpoint.at(self.checkpoints, step) if step else None
         self.engine = self._start(description.task)
         limit_waiting(config.cluster.timeout_s)
-        self.pending: list[tuple[int, torch.Tensor, float]] = []  # step, loss, seconds
+        self.pending: list[tuple[int, torch.Tensor, torch.Tensor, float]] = []  # step, loss, gradient norm, seconds
 
     def run(self) -> None:
         config = self.config
@@ -82,6 +84,9 @@ class Worker:
         reservation = ray.util.get_current_placement_group()
         self._publish([Started(self.step, path, cuts, dims, engine.parameter_count, engine.scans, reservation)])
         train, probes = config.train, set(config.probe_steps)
+        if self.step == train.steps:
+            # The machine that had its metrics may be gone, and the summary needs the last ones.
+            self._publish([Measured(self.step, self._evaluate() | self._dims())])
         stop = self._stop_wanted()
         while self.step < train.steps and not stop:
             self.step += 1
@@ -93,8 +98,8 @@ class Worker:
             evaluate = last or self.step % train.eval_every == 0
             due = last or self.step % train.checkpoint_every == 0
             report = due or probe or evaluate or self.step % train.log_every == 0
-            if report:
-                self._report_losses()
+            if report and not self._report_losses():
+                continue
             cut = probe and self._probe()
             if evaluate and not cut:
                 self._measure(self._evaluate())
@@ -122,12 +127,17 @@ class Worker:
         config, path = self.config, self.resumed_from
         if path is None:
             return Engine(config, task, config.model.state_dims, self.group)
-        manifest = checkpoint.read_manifest(path)
+        manifest, state = self.group.together(lambda: self._read(path, checkpoint.read_manifest))
         engine = Engine(config, task, manifest.state_dims, self.group)
-        engine.load(checkpoint.load(path, manifest, self.group))
+        engine.load(state)
         self.step, self.watch, self.val_loss = manifest.step, manifest.watch, manifest.val_loss
         self.truncations = [CutRecord(**record) for record in manifest.truncations]
         return engine
+
+    def _read(self, path: Folder, read: Callable[[Folder], Manifest]) -> tuple[Manifest, ShardedState]:
+        """The manifest of a checkpoint, as `read` gives it, and this rank's share of the state."""
+        manifest = read(path)
+        return manifest, checkpoint.load(path, manifest, self.group)
 
     def _may_cut(self) -> bool:
         """Nothing more is cut after a cut that was taken back."""
@@ -138,35 +148,51 @@ class Worker:
     def _train_step(self) -> None:
         started = time.perf_counter()
         loss = self.engine.step(self.batches.at(self.step), self.step)
-        self.pending.append((self.step, loss, time.perf_counter() - started))
+        self.pending.append((self.step, loss, self.engine.gradient_norm, time.perf_counter() - started))
 
-    def _report_losses(self) -> None:
-        """One reduction for all losses since the last report, because each costs a round trip.
+    def _report_losses(self) -> bool:
+        """One reduction for all losses and gradients since the last report, because each costs a round trip.
+
+        False where one is no number and the last cut was taken back for it.
 
         Raises:
-            FloatingPointError: a loss is NaN or infinite, on every worker; where a guard watches, it decides instead.
+            FloatingPointError: as `_give_up`.
         """
         started = time.perf_counter()
-        losses = self.group.mean([loss for _, loss, _ in self.pending])
-        times = [seconds for _, _, seconds in self.pending]
+        pending, self.pending = self.pending, []
+        numbers = self.group.mean([number for _, loss, norm, _ in pending for number in (loss, norm)])
+        times = [seconds for _, _, _, seconds in pending]
         if self.group.device.type == "cuda":
             # A step there only launches work, which the reduction has waited for: share the time out evenly.
             total = sum(times) + time.perf_counter() - started
             times = [total / len(times)] * len(times)
         events: list[Event] = []
-        for loss, seconds, (step, _, _) in zip(losses, times, self.pending, strict=True):
+        lost = []
+        for (step, *_), loss, norm, seconds in zip(pending, numbers[::2], numbers[1::2], times, strict=True):
             metrics = {
                 "train_loss": loss,
+                "gradient_norm": norm,
                 "learning_rate": learning_rate(step, self.config.train),
                 "step_ms": 1000 * seconds,
                 "tokens_per_s": self.batches.tokens_per_step / seconds,
             }
             events.append(Measured(step, metrics))
+            named = (("training loss", loss), ("gradient", norm))
+            lost += [f"the {what} of step {step}" for what, number in named if not math.isfinite(number)]
         self._publish(events)
-        lost = [step for loss, (step, _, _) in zip(losses, self.pending, strict=True) if not math.isfinite(loss)]
-        if lost and self.watch is None:
-            raise FloatingPointError(f"the training loss of step {lost[0]} is no number; train.lr may be too high")
-        self.pending.clear()
+        if lost:
+            self._give_up(lost[0])
+        return not lost
+
+    def _give_up(self, what: str) -> None:
+        """Take the last cut back because `what` is no number, which no patience mends.
+
+        Raises:
+            FloatingPointError: no guard watches the last cut; on every worker.
+        """
+        if self.watch is None:
+            raise FloatingPointError(f"{what} is no number; train.lr may be too high")
+        self._roll_back(f"{what} is no number")
 
     def _probe(self) -> bool:
         """Gather, decide, and cut if the plan says so."""
@@ -186,6 +212,9 @@ class Worker:
             return False
 
         plan, before = self.engine.certify(plan, self._held_out())
+        if not math.isfinite(before["val_loss"]):
+            self._give_up(f"the held-out loss after step {self.step}")
+            return False
         self._keep_plan(plan)
         guard = self.config.truncation.guard if self.config.truncation else None
         if guard is not None and self.watch is None:
@@ -234,11 +263,21 @@ class Worker:
     def _evaluate(self) -> dict[str, float]:
         return self.engine.evaluate(self._held_out())
 
+    def _dims(self) -> dict[str, float]:
+        """The state dimensions as metrics."""
+        return {f"d_state_{layer:02d}": float(dim) for layer, dim in enumerate(self.engine.state_dims)}
+
     def _measure(self, metrics: dict[str, float]) -> bool:
-        """Publish what was measured; False where that made the guard take the last cut back."""
-        dims = {f"d_state_{layer:02d}": float(dim) for layer, dim in enumerate(self.engine.state_dims)}
-        self._publish([Measured(self.step, metrics | dims)])
+        """Publish what was measured; False where that made the guard take the last cut back.
+
+        Raises:
+            FloatingPointError: as `_give_up`, for the held-out loss.
+        """
+        self._publish([Measured(self.step, metrics | self._dims())])
         self.val_loss = metrics["val_loss"]
+        if not math.isfinite(self.val_loss):
+            self._give_up(f"the held-out loss after step {self.step}")
+            return False
         if self.watch is None:
             return True
         assert self.config.truncation is not None
@@ -248,19 +287,21 @@ class Worker:
         value = metrics[guard.metric]
         verdict = self.watch.verdict(guard, value)
         if verdict == "hurt":
-            self._publish([RolledBack(self.watch.step, self.step, guard.metric, self.watch.before, value)])
-            self._roll_back(self.watch.step)
+            before = f"{guard.metric} was {self.watch.before:.4f} there"
+            self._roll_back(f"{before} and is {value:.4f} after step {self.step}")
         elif verdict == "recovered":
             self.watch = None
         return verdict != "hurt"
 
-    def _roll_back(self, step: int) -> None:
+    def _roll_back(self, reason: str) -> None:
         """Back to right before the cut: weights, moments, dimensions and data position, which is the step."""
-        self.writer.wait()
-        self.group.barrier()  # rank 0 has waited for the whole checkpoint
-        manifest = checkpoint.verify(self.uncut)
+        assert self.watch is not None
+        step = self.watch.step
+        self._publish([RolledBack(step, reason)])
+        self.group.together(self.writer.wait)  # rank 0 for the whole checkpoint
+        manifest, state = self.group.together(lambda: self._read(self.uncut, checkpoint.verify))
         assert manifest.step == step, f"the checkpoint before the cut is of step {manifest.step}, not {step}"
-        self.engine.restore(manifest.state_dims, checkpoint.load(self.uncut, manifest, self.group))
+        self.engine.restore(manifest.state_dims, state)
         self.step, self.watch, self.val_loss = step, None, manifest.val_loss
         self.truncations = [replace(cut, rolled_back=cut.step >= step) for cut in self.truncations]
         self._save(after_cut=False)
@@ -286,9 +327,15 @@ class Worker:
         """Begin to write; training waits for the checkpoint before this one, and for the copy of its state.
 
         `around`: what rank 0 does before and after the checkpoint becomes complete.
+
+        Raises:
+            FloatingPointError: the state is not worth keeping: a part of it is NaN or infinite; on every worker.
         """
-        self.writer.wait()
+        self.group.together(self.writer.wait)
         state = self.engine.state()
+        if float(self.group.sum(torch.tensor([float(not state.is_finite())]))) > 0:
+            what = f"a parameter or moment after step {self.step}"
+            raise FloatingPointError(f"{what} is no number; train.lr may be too high")
         manifest = Manifest(
             step=self.step,
             optimizer_step=state.optimizer_step,

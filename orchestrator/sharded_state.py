@@ -7,9 +7,11 @@ number of workers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from compression.moments import ParameterState
@@ -25,6 +27,11 @@ class ShardedState:
     shapes: dict[str, tuple[int, ...]]
     own: States
     optimizer_step: int
+
+    def is_finite(self) -> bool:
+        """Whether this rank's parameters and moments are all numbers; their sums tell, faster than each of them."""
+        parts = (part for parameter in self.own.values() for part in parameter.tensors())
+        return all(math.isfinite(part.sum(dtype=torch.float64)) for part in parts)
 
 
 def assign_owners(sizes: Mapping[str, int], workers: int) -> dict[str, int]:

@@ -39,7 +39,8 @@ def checkpoints_of(run: Path, storage: str | None, retry_s: float = 0) -> Folder
 def run_folder(config: RunConfig) -> Iterator[Path]:
     """The folder of the run, made where it is missing, and closed to other drivers for the duration of the block.
 
-    A `UserError` in the block means that nothing was started: a folder that was made for it is taken away again.
+    A `UserError` in the block takes a folder away again that was made for it, as long as nothing was started there:
+    a run starts by writing config.yaml.
 
     Raises:
         UserError: another driver is at work there, or the storage, or that of the checkpoints, cannot be written.
@@ -72,7 +73,7 @@ def run_folder(config: RunConfig) -> Iterator[Path]:
             _create(checkpoints_of(folder, config.checkpoints.storage))
             yield folder
         except UserError:
-            if new:
+            if new and not (folder / "config.yaml").exists():
                 shutil.rmtree(folder)
             raise
 

@@ -10,7 +10,6 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from importlib.metadata import version
 from typing import Any
 
 import deepspeed
@@ -32,9 +31,11 @@ from torch.utils.cpp_extension import get_cxx_compiler, is_ninja_available
 from compression.moments import ParameterState
 from orchestrator.group import Group
 from orchestrator.sharded_state import ShardedState, States, assign_owners
+from orchestrator.versions import deepspeed_version
 
-# `forget_engines`, `_masters` and `_create_optimizer_state` rely on attributes of this series.
-assert version("deepspeed").startswith("0.19."), f"written for DeepSpeed 0.19, found {version('deepspeed')}"
+# `forget_engines`, `_masters` and `_create_optimizer_state` rely on attributes of one series. The driver has looked
+# before it started anything; a worker may be on another machine.
+deepspeed_version()
 
 
 def avoid_impossible_builds() -> None:
@@ -59,6 +60,20 @@ def whole_shape(parameter: nn.Parameter) -> torch.Size:
     """The shape of a parameter, however little of it this rank holds."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape
+
+
+def optimizer_step(engine: Any) -> Tensor:
+    """The optimizer's step, after the last part of a batch; the norm of the gradient over all workers, unclipped.
+
+    NaN or infinite where the gradient is: ZeRO 1 to 3 then skip the step without a word, ZeRO-0 spoils the parameters.
+    """
+    if engine.zero_optimization_stage() == 0:  # DeepSpeed keeps no norm
+        gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        engine.step()
+        return norm
+    engine.step()
+    return torch.as_tensor(engine.get_global_grad_norm(), device=engine.device)
 
 
 def forget_engines() -> None:

@@ -43,6 +43,21 @@ def plans(folder: Path) -> list[TruncationPlan]:
     return [TruncationPlan.from_json(path.read_text()) for path in sorted((folder / "plans").glob("*.json"))]
 
 
+# What must not be loaded to use a model; importing any of it fails there.
+_LOADED_ALONE = """
+import sys
+sys.modules |= dict.fromkeys(["ray", "deepspeed", "mlflow"])
+from orchestrator.inference import load_model
+print(*[load_model(run).state_dims for run in sys.argv[1:]])
+"""
+
+
+def dims_loaded_alone(*runs: str) -> str:
+    """The state dimensions of runs' models, loaded where there is neither Ray nor DeepSpeed nor MLflow."""
+    command = [sys.executable, "-c", _LOADED_ALONE, *runs]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
 def saved(folder: Path, step: int) -> dict[str, torch.Tensor]:
     """Every parameter and moment of a checkpoint."""
     shards = (folder / "checkpoints" / f"step-{step:08d}").glob("*.safetensors")

@@ -5,11 +5,13 @@ Every worker here is a writer of its own; the storage is a real folder, and an S
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import socket
 import subprocess
@@ -17,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
@@ -32,10 +34,12 @@ from orchestrator.checkpoint_writer import MissingShardError, Writer
 from orchestrator.config import CheckpointsConfig, ClusterConfig, parse_config
 from orchestrator.errors import TrainingError, UserError
 from orchestrator.filesystem import Folder
-from orchestrator.group import Group
+from orchestrator.group import Group, limit_waiting
 from orchestrator.retention import kept, prune
 from orchestrator.sharded_state import ShardedState, assign_owners
-from orchestrator.storage import run_folder
+from orchestrator.storage import checkpoints_of, run_folder
+from tests.conftest import Pair
+from tests.runs import dims_loaded_alone, wait_until
 
 SHAPES = {"embedding": (7, 3), "mixer.A": (4,), "mixer.B": (4, 5), "norm": (1,), "scalar": ()}
 TOKEN, OTHER = "0" * 15 + "1", "f" * 16
@@ -56,8 +60,8 @@ def share(whole: dict[str, ParameterState], rank: int, workers: int) -> ShardedS
     return ShardedState(owners, dict(SHAPES), own, optimizer_step=3)
 
 
-def manifest(step: int, workers: int = 1, val_loss: float | None = None, after_cut: bool = False) -> Manifest:
-    return Manifest(
+def manifest(step: int, workers: int = 1, **content: Any) -> Manifest:
+    plain = Manifest(
         step=step,
         optimizer_step=3,
         state_dims=[4],
@@ -65,11 +69,12 @@ def manifest(step: int, workers: int = 1, val_loss: float | None = None, after_c
         shard_of=share(states(0), 0, workers).owners,
         shards=[],
         truncations=[{"val_loss_after": math.inf}],
-        val_loss=val_loss,
-        after_cut=after_cut,
+        val_loss=None,
+        after_cut=False,
         config={},
         data_sha256="",
     )
+    return plain.model_copy(update=content)
 
 
 def write(folder: Folder, step: int, workers: int = 1, token: str = TOKEN, seed: int = 0, **content: Any) -> Folder:
@@ -255,6 +260,28 @@ def test_a_full_disk_fails_at_once_and_spares_what_was_there(tmp_path: Path) -> 
     assert equal(restored(earlier), states(0))
 
 
+def _write_with_room_for(limit: int, folder: Path) -> str:
+    """What a checkpoint ends with that outgrows a limit for files."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        write(Folder.of(folder, "place", retry_s=60), 2)
+    except CheckpointError as error:
+        return str(error)
+    return "written"
+
+
+def test_a_shard_that_does_not_fit_leaves_nothing_behind(tmp_path: Path) -> None:
+    """It fails in the middle of the shard."""
+    folder = Folder.of(tmp_path, "place")
+    earlier = write(folder, 1)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        said = pool.submit(_write_with_room_for, 200, tmp_path).result()
+    assert said == f"checkpoint {checkpoint.at(folder, 2)} cannot be written: File too large"
+    assert checkpoint.at(folder, 2).names() == []
+    assert checkpoint.newest(folder) == earlier
+    assert equal(restored(earlier), states(0))
+
+
 def test_storage_that_is_away_for_a_moment_is_waited_for(tmp_path: Path) -> None:
     away = tmp_path / "storage"
     away.write_text("no folder")
@@ -337,16 +364,71 @@ def test_manifests_that_were_changed_or_point_elsewhere_are_refused(folder: Fold
     path = write(folder, 5)
     content = path.read(MANIFEST)
     assert content is not None
-    (shard,) = checkpoint.verify(path).shards
-    whole = json.loads(content)
-    forged = [whole | {"step": 6}, whole | {"shards": [{"file": f"../{shard.file}", "sha256": shard.sha256}]}]
-    for text in (*map(json.dumps, forged), content[:-9].decode(), ""):
+    forged = json.dumps(json.loads(content) | {"step": 6})
+    for text in (forged, content[:-9].decode(), ""):
         path.write(MANIFEST, text.encode())
         with pytest.raises(UserError, match=r"checkpoint manifest .*manifest\.json is damaged"):
             checkpoint.verify(path)
     path.delete(MANIFEST)
     with pytest.raises(UserError, match=r"checkpoint manifest .*manifest\.json is missing"):
         checkpoint.verify(path)
+
+
+def sealed(content: dict[str, Any]) -> bytes:
+    """A manifest with the digest that belongs to it, as anyone can compute it."""
+    rest = {key: value for key, value in content.items() if key != "digest"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return json.dumps(rest | {"digest": digest}).encode()
+
+
+def test_manifests_with_a_digest_of_their_own_are_refused_for_what_they_say(folder: Folder) -> None:
+    path = write(folder, 5)
+    content = path.read(MANIFEST)
+    assert content is not None
+    whole = json.loads(content)
+    path.write(MANIFEST, sealed(whole))
+    assert equal(restored(path), states(0)), "sealed as the writer does"
+    (shard,) = whole["shards"]
+    unnamed = "is damaged: it names no shard for some of its parameters"
+    for change, words in [
+        ({"shards": [shard | {"file": f"../step-00000005/{shard['file']}"}]}, "is damaged, or of another version"),
+        ({"shards": [shard | {"file": "/etc/passwd"}]}, "is damaged, or of another version"),
+        ({"shard_of": whole["shard_of"] | {"norm": 1}}, unnamed),
+        ({"shard_of": whole["shard_of"] | {"norm": -1}}, unnamed),
+        ({"shard_of": {}}, unnamed),
+        ({"step": 6}, "is of step 6"),
+    ]:
+        path.write(MANIFEST, sealed(whole | change))
+        with pytest.raises(UserError, match=rf"checkpoint manifest .*manifest\.json {words}"):
+            checkpoint.verify(path)
+
+
+def test_a_shard_that_leads_out_of_its_folder_is_refused(tmp_path: Path) -> None:
+    """Though what it leads to is what was written."""
+    path = write(Folder.of(tmp_path, "place"), 5)
+    (shard,) = checkpoint.verify(path).shards
+    file = Path(path.path, shard.file)
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"checkpoint shard {file} is a link"):
+        checkpoint.verify(path)
+
+
+def test_a_checkpoint_in_the_place_of_another_is_refused(small_run: dict[str, Any]) -> None:
+    """Whole and undamaged: another run's by its config or its data, and the run's own by its step."""
+    config = parse_config(small_run)
+    place = checkpoints_of(config.storage / config.name, None)
+    mine = config.model_dump(mode="json")
+    for content, words in [
+        ({"config": mine | {"seed": 5}}, r"another value of seed \(was 5, is 0\)"),
+        ({"config": mine, "data_sha256": "0" * 64}, "is not what it was trained on"),
+    ]:
+        path = write(place, 5, **content)
+        with pytest.raises(UserError, match=words):
+            launch.train(config)
+    shutil.copytree(path.path, checkpoint.at(place, 9).path)
+    with pytest.raises(UserError, match=r"step-00000009/manifest\.json is of step 5, not of its folder's"):
+        launch.train(config)
 
 
 # --- which stay ---
@@ -391,6 +473,12 @@ def test_a_damaged_checkpoint_is_not_deleted_for_its_loss(folder: Folder) -> Non
 # --- where ---
 
 
+def test_google_storage_is_understood() -> None:
+    """As far as that goes without a network."""
+    folder = Folder.of("gs://anonymous@bucket/checkpoints/", "checkpoints.storage") / "small"
+    assert (folder.path, folder.is_local, folder.name) == ("bucket/checkpoints/small", False, "small")
+
+
 @pytest.mark.parametrize(
     ("storage", "words"),
     [
@@ -409,15 +497,6 @@ def test_storage_that_cannot_be_used_is_refused_in_one_sentence(
         pytest.fail("the run began")
     assert "\n" not in str(refused.value)
     assert list(Path(small_run["storage"]).iterdir()) == []
-
-
-# What must not be loaded to use a model; importing any of it fails there.
-LOADED_ALONE = """
-import sys
-sys.modules |= dict.fromkeys(["ray", "deepspeed", "mlflow"])
-from orchestrator.inference import load_model
-print(load_model(sys.argv[1]).state_dims, load_model(sys.argv[2]).state_dims)
-"""
 
 
 @pytest.mark.cluster
@@ -448,7 +527,53 @@ def test_a_run_on_s3_continues_though_its_machine_is_gone_and_is_loaded_from_the
     assert all(torch.equal(again[name], value) for name, value in ended.items())
 
     uri = server.uri.replace("checkpoints?", "checkpoints/small?")
-    assert command("-c", LOADED_ALONE, str(run), uri) == "[4, 4] [4, 4]\n"
+    assert dims_loaded_alone(str(run), uri) == "[4, 4] [4, 4]\n"
+
+
+@pytest.mark.cluster
+def test_storage_that_goes_away_in_the_middle_of_a_run_is_waited_for(
+    small_run: dict[str, Any], local_ray: None, tmp_path: Path
+) -> None:
+    """The run stands still meanwhile, loses no worker, and ends with all its checkpoints."""
+    there, away, place = tmp_path / "disk", tmp_path / "away", tmp_path / "storage" / "small"
+    small_run["checkpoints"] |= {"storage": str(place.parent)}
+    there.mkdir()
+    place.parent.mkdir()
+    place.symlink_to(there)
+    last = there / "step-00000012" / MANIFEST
+
+    def disappear() -> bool:
+        wait_until((there / "step-00000003" / MANIFEST).exists, "the first checkpoint")
+        away.symlink_to("/dev/null/nothing")
+        away.replace(place)
+        time.sleep(5)
+        missed = not last.exists()
+        away.symlink_to(there)
+        away.replace(place)
+        return missed
+
+    with ThreadPoolExecutor(1) as pool:
+        missed = pool.submit(disappear)
+        summary = launch.train(parse_config(small_run))
+        assert missed.result(), "storage was there again before it was needed"
+    folder = Folder.of(place, "place")
+    assert [checkpoint.verify(checkpoint.at(folder, step)).step for step in (3, 5, 7, 10, 12)] == [3, 5, 7, 10, 12]
+    assert summary["final_dims"] == [4, 4]
+    assert (Path(small_run["storage"]) / "small" / "attempt").read_text() == "1\n"
+
+
+def _write_slowly(rank: int) -> int:
+    """A write on one rank that lasts longer than any rank waits in a collective."""
+    limit_waiting(1)
+    try:
+        return Group(rank, 2, CPU).together(lambda: time.sleep(3 * rank) or rank)  # type: ignore[func-returns-value]
+    finally:
+        limit_waiting(1800)
+
+
+@pytest.mark.cluster
+def test_workers_wait_for_a_write_longer_than_for_each_other(pair: Pair) -> None:
+    assert pair(_write_slowly) == [0, 1]
 
 
 @pytest.mark.cluster

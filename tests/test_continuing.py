@@ -15,14 +15,15 @@ from typing import Any
 import pytest
 import torch
 
+from compression.plan import StateSelection
 from orchestrator import launch
-from orchestrator.config import RunConfig, parse_config
+from orchestrator.config import RunConfig, Workers, parse_config
 from orchestrator.data.sources import TextFiles
 from orchestrator.errors import UserError
 from orchestrator.mlflow_tracker import MLFLOW_RUN
 from orchestrator.storage import run_folder
 from tests.conftest import small_run as small_run_fixture
-from tests.runs import losses, plans, saved, start, wait_until
+from tests.runs import dims_loaded_alone, losses, plans, saved, start, wait_until
 
 pytestmark = pytest.mark.cluster
 Finished = tuple[RunConfig, Path]
@@ -69,6 +70,24 @@ def test_continuing_equals_never_having_stopped(finished: Finished, tmp_path: Pa
     assert summary["mlflow_run_id"] == original["mlflow_run_id"]
 
 
+@pytest.mark.parametrize(("workers", "stage"), [(1, 2), (2, 0), (2, 3)])
+def test_a_run_continues_with_other_workers_and_at_another_stage(
+    finished: Finished, tmp_path: Path, workers: int, stage: int
+) -> None:
+    """Sums in another order differ in their last bits; the states that are kept do not."""
+    _, reference = finished
+    config, folder = interrupted(finished, tmp_path, after=5)
+    change = {"workers": Workers(min=workers, max=workers), "zero_stage": stage}
+    launch.train(config.model_copy(update={"cluster": config.cluster.model_copy(update=change)}))
+    cut, expected = plans(folder)[-1], plans(reference)[-1]
+    assert (cut.step, cut.attempt, cut.dims_after) == (7, 2, expected.dims_after)
+    for ours, theirs in zip(cut.layers, expected.layers, strict=True):
+        assert isinstance(ours.reduction, StateSelection)
+        assert isinstance(theirs.reduction, StateSelection)
+        assert ours.reduction.kept == theirs.reduction.kept
+    assert losses(folder) == pytest.approx(losses(reference), rel=1e-4)
+
+
 def test_a_run_without_a_complete_checkpoint_starts_over(finished: Finished, tmp_path: Path) -> None:
     """In the same folder, and whatever of the first start is not trained again is gone."""
     _, reference = finished
@@ -83,6 +102,41 @@ def test_a_run_without_a_complete_checkpoint_starts_over(finished: Finished, tmp
     assert same_end(folder, reference, 12)
     assert summary["val_loss_final"] == json.loads((reference / "summary.json").read_text())["val_loss_final"]
     assert (folder / MLFLOW_RUN).read_text() == (reference / MLFLOW_RUN).read_text()
+
+
+def test_a_finished_run_whose_machine_is_gone_gets_its_summary_again(finished: Finished, tmp_path: Path) -> None:
+    """From storage that holds the checkpoint of the last step, and nothing else of the run; nothing is trained."""
+    config, reference = finished
+    shutil.copytree(reference / "checkpoints", tmp_path / "storage" / "small")
+    checkpoints = config.checkpoints.model_copy(update={"storage": str(tmp_path / "storage")})
+    summary = launch.train(config.model_copy(update={"storage": tmp_path / "runs", "checkpoints": checkpoints}))
+    original = json.loads((reference / "summary.json").read_text())
+    for key in ("final_dims", "truncations", "val_loss_final"):
+        assert summary[key] == original[key]
+    folder = tmp_path / "runs" / "small"
+    assert losses(folder) == {}
+    assert (folder / "report.html").exists()
+
+
+def test_a_folder_is_taken_away_only_where_nothing_was_started(small_run: dict[str, Any]) -> None:
+    config = parse_config(small_run)
+    with pytest.raises(UserError, match="too early"), run_folder(config) as folder:
+        raise UserError("too early")
+    assert not folder.exists()
+
+    def train() -> None:
+        with run_folder(config) as folder:
+            (folder / "config.yaml").write_text(config.to_yaml())
+            raise UserError("after the training")
+
+    with pytest.raises(UserError, match="after the training"):
+        train()
+    assert (folder / "config.yaml").exists()
+
+
+def test_the_model_of_a_run_is_loaded_without_the_cluster(finished: Finished) -> None:
+    _, folder = finished
+    assert dims_loaded_alone(str(folder)) == "[4, 4]\n"
 
 
 def test_a_finished_run_is_not_trained_again(finished: Finished, capfd: pytest.CaptureFixture[str]) -> None:

@@ -17,9 +17,12 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from orchestrator.versions import SERIES
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES: list[str] = PROJECT["tool"]["setuptools"]["packages"]
+SHIPPED = sorted({package.split(".")[0] for package in PACKAGES})
 PYTHON = SpecifierSet(PROJECT["project"]["requires-python"])
 # Each folder, from the bottom of the house to the top, and what it must not know.
 CLUSTER_LIBRARIES = {"ray", "deepspeed", "mlflow"}
@@ -91,6 +94,23 @@ def test_the_mathematics_loads_without_the_cluster() -> None:
     assert result.stdout.split() == ["[]"]
 
 
+def test_nothing_that_is_shipped_reads_a_pickle() -> None:
+    """Neither by itself nor through torch or numpy: a checkpoint or a dataset could hold any code."""
+    unpicklers = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+    wrong, files = [], [path for folder in SHIPPED for path in python_files(folder)]
+    assert len(files) > 50
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            parts = {part for name in imported_names(path, node) for part in name.split(".")}
+            found = [f"imports {name}" for name in parts & unpicklers]
+            if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load":
+                found.append("uses torch.load")
+            if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+                found.append("sets allow_pickle")
+            wrong += [f"{path.relative_to(ROOT)} {what}" for what in found]
+    assert wrong == []
+
+
 def test_no_circular_imports() -> None:
     files = {module_name(path): path for folder in FORBIDDEN for path in python_files(folder)}
     graph: dict[str, set[str]] = {}
@@ -149,6 +169,12 @@ def test_pinned_versions_satisfy_the_ranges(requirement: Requirement) -> None:
     name = canonicalize_name(requirement.name)
     assert name in pinned, f"{name} has no pin in constraints.txt"
     assert requirement.specifier.contains(pinned[name], prereleases=True)
+
+
+def test_what_is_required_of_deepspeed_is_what_is_checked() -> None:
+    (required,) = [requirement for requirement in requirements() if requirement.name == "deepspeed"]
+    assert required.specifier.contains(f"{SERIES}.0")
+    assert not required.specifier.contains(f"{Version(SERIES).major}.{Version(SERIES).minor + 1}.0")
 
 
 @pytest.mark.parametrize("package", PACKAGES)

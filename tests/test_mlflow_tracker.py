@@ -1,7 +1,9 @@
-"""Servers that hang or answer 500, over a real socket: never the run's problem."""
+"""Servers that are absent, hang, answer 500 or are slow, over a real socket: never the run's problem."""
 
 from __future__ import annotations
 
+import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -69,3 +71,57 @@ def test_a_server_that_fails_costs_one_warning(tmp_path: Path) -> None:
     (warning,) = warnings
     assert warning.startswith(f"MLflow at {uri} failed (")
     assert warning.endswith("nothing more is sent there; metrics.jsonl has everything")
+
+
+def test_a_port_where_nothing_listens_costs_one_warning(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{probe.getsockname()[1]}"  # bound, so that nobody else listens there, and refused
+        warnings, longest, end = track(uri, tmp_path)
+    assert longest < NOT_WAITING_S
+    assert end < mlflow_tracker.PATIENCE_S / 2
+    (warning,) = warnings
+    assert warning.startswith(f"MLflow at {uri} failed (")
+
+
+def test_a_slow_server_gets_everything(tmp_path: Path) -> None:
+    """Each answer takes a second, as many as a run's end needs; no step waits for one."""
+    artifacts, asked = tmp_path / "artifacts", []
+    run = {
+        "info": {"run_id": "7", "run_uuid": "7", "experiment_id": "1", "artifact_uri": artifacts.as_uri()},
+        "data": {},
+    }
+
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        content = request.rfile.read(int(request.headers.get("Content-Length", 0)))
+        asked.append((request.path.rpartition("mlflow/")[2].partition("?")[0], json.loads(content or b"{}")))
+        time.sleep(1)
+        body = json.dumps({"run": run, "run_info": run["info"], "experiment": {"experiment_id": "1"}}).encode()
+        request.send_response(200)
+        request.send_header("Content-Type", "application/json")
+        request.send_header("Content-Length", str(len(body)))
+        request.end_headers()
+        request.wfile.write(body)
+
+    plan, warnings = tmp_path / "plan.json", list[str]()
+    plan.write_text("{}")
+    with server(answer) as uri:
+        tracker = MlflowTracker(uri, "rayduce", tmp_path, "run", {"seed": 0}, tmp_path / "mlflow.json", warnings.append)
+        longest = 0.0
+        for step in range(200):
+            before = time.perf_counter()
+            tracker.log(step, {"train_loss": step / 7})
+            longest = max(longest, time.perf_counter() - before)
+            time.sleep(0.01)
+        tracker.artifact(plan, "plans")
+        before = time.perf_counter()
+        assert tracker.run_id == "7"
+        tracker.close("FINISHED")
+        end = time.perf_counter() - before
+    assert warnings == []
+    assert longest < NOT_WAITING_S
+    assert end < mlflow_tracker.PATIENCE_S
+    logged = [metric for path, content in asked if path == "runs/log-batch" for metric in content.get("metrics", [])]
+    assert {metric["step"]: metric["value"] for metric in logged} == {step: step / 7 for step in range(200)}
+    assert (artifacts / "plans" / "plan.json").read_text() == "{}"
+    assert ("runs/update", "FINISHED") in [(path, content.get("status")) for path, content in asked]

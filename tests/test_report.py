@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from matplotlib import image
 
+from orchestrator import launch
+from orchestrator.config import parse_config
 from orchestrator.doctor import Finding, examine, format_findings
 from orchestrator.errors import UserError
 from orchestrator.report import _drift, write_figures, write_report
@@ -262,6 +264,21 @@ def test_doctor_asks_for_a_cluster_only_where_one_is_named(monkeypatch: pytest.M
     assert find("Ray").state == "ok"
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     assert find("Ray").state == "missing"
+
+
+def test_another_deepspeed_is_refused_before_anything_starts(
+    small_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the doctor, and by the command in one sentence; it is known by its metadata alone."""
+    installed = tmp_path / "site" / "deepspeed-0.20.1.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.20.1\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    with pytest.raises(UserError, match=r"DeepSpeed 0\.20\.1 is installed, .* 0\.19 alone: pip install") as refused:
+        launch.train(parse_config(small_run))
+    finding = find("DeepSpeed")
+    assert (finding.state, finding.detail) == ("missing", str(refused.value))
+    assert not Path(small_run["storage"]).exists()
 
 
 def test_doctor_looks_where_runs_will_be_written(tmp_path: Path) -> None:

@@ -307,3 +307,28 @@ def test_diverged_training_fails_in_one_sentence(small_run: dict[str, Any], loca
         launch.train(parse_config(small_run))
     assert "\n" not in str(failed.value)
     assert (Path(small_run["storage"]) / "small" / "attempt").read_text() == "1\n"  # not tried again
+
+
+def test_statistics_that_are_no_numbers_end_the_run_in_one_sentence(small_run: dict[str, Any], local_ray: None) -> None:
+    """The first step's own loss is still a number; the weights that it leaves are too large for the scans."""
+    small_run["train"] |= {"lr": 1e15, "warmup": 0}
+    small_run["truncation"]["steps"] = [1]
+    sentence = (
+        r"training failed after step 1: ValueError: layer \d at step 1: the state statistics hold NaN or infinity"
+    )
+    with pytest.raises(TrainingError, match=sentence) as failed:
+        launch.train(parse_config(small_run))
+    assert "\n" not in str(failed.value)
+    assert (Path(small_run["storage"]) / "small" / "attempt").read_text() == "1\n"
+
+
+def test_a_held_out_loss_that_is_no_number_ends_the_run_in_one_sentence(
+    small_run: dict[str, Any], local_ray: None
+) -> None:
+    small_run["train"] |= {"steps": 1, "lr": 1e30, "warmup": 0}
+    sentence = "training failed after step 1: FloatingPointError: the held-out loss after step 1 is no number"
+    with pytest.raises(TrainingError, match=sentence):
+        launch.train(parse_config(small_run | {"truncation": None}))
+    folder = Path(small_run["storage"]) / "small"
+    assert (folder / "attempt").read_text() == "1\n"
+    assert not (folder / "checkpoints" / "step-00000001").exists()
