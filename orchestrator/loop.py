@@ -87,7 +87,7 @@ class Worker:
         if self.step == train.steps:
             # The machine that had its metrics may be gone, and the summary needs the last ones.
             self._publish([Measured(self.step, self._evaluate() | self._dims())])
-        stop = self._stop_wanted()
+        stop = self.step < train.steps and self._stop_wanted()
         while self.step < train.steps and not stop:
             self.step += 1
             self._train_step()
