@@ -9,7 +9,7 @@ ROWS = pytest.StashKey[list[tuple[str, str, str]]]()
 
 @pytest.fixture
 def table(request: pytest.FixtureRequest) -> list[tuple[str, str, str]]:
-    """Rows of case, seconds from the kill to the end of the run, and whether the end is that of the undisturbed run."""
+    """Rows of case, seconds from the kill until other workers began, and whether the end is the undisturbed run's."""
     return request.config.stash.setdefault(ROWS, [])
 
 
@@ -17,5 +17,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     rows = config.stash.get(ROWS, [])
     if rows:
         terminalreporter.section("chaos")
-        for row in [("killed", "seconds", "same end"), *rows]:
-            terminalreporter.write_line("{:<66} {:>8}  {}".format(*row))
+        for row in [("killed", "seconds", "final loss and weights equal"), *rows]:
+            terminalreporter.write_line("{:<66} {:>13}  {}".format(*row))

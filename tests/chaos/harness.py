@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 import os
 import shutil
 import signal
@@ -36,7 +36,7 @@ class Strike:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a disturbed run has ended, and how long it took from each strike to the next one's point, or to the end."""
+    """How a disturbed run has ended, and how long it took from each strike until another group of workers began."""
 
     code: int
     output: str
@@ -68,26 +68,33 @@ class Points:
 def disturbed(raw: dict[str, Any], *strikes: Strike) -> Outcome:
     """Run `raw` to its end through all strikes, in this order; a killed driver is started again."""
     points = Points(Path(raw["storage"]).parent / "points")
-    for strike in strikes:
-        points.arm(strike.point, strike.step)
+    attempts = Path(raw["storage"]) / raw["name"] / "attempt"
     environment = {"RAYDUCE_HOLD": str(points.folder)}
     driver = start(raw, **environment)
-    drivers, moments = [driver], []
+    drivers, seconds = [driver], []
     for strike in strikes:
+        # Not earlier: a group that is dying from the strike before may still come by.
+        points.arm(strike.point, strike.step)
         held = points.held(driver, strike.point, strike.step)
         time.sleep(0.5)  # for the others to go on until they need the one that is held
+        attempt, struck = attempts.read_text(), time.monotonic()
         os.kill(_process(driver, strike.victim, held), strike.signal)
         points.let_go(strike.point, strike.step)
-        moments.append(time.monotonic())
         if strike.victim == "driver":
             driver.communicate()
             driver = start(raw, **environment)  # at once, though its workers may still be dying
             drivers.append(driver)
+        began = functools.partial(_began, attempts, attempt, driver)
+        wait_until(began, f"another group after {strike}")
+        seconds.append(time.monotonic() - struck)
     output, errors = driver.communicate(timeout=400)
-    moments.append(time.monotonic())
     # Of a killed driver's, Ray's own agents take longest: they ask for a while where the rest has gone.
     wait_until(lambda: not any(_left(ended.pid) for ended in drivers), "all processes end")
-    return Outcome(driver.returncode, output, errors, [b - a for a, b in itertools.pairwise(moments)])
+    return Outcome(driver.returncode, output, errors, seconds)
+
+
+def _began(attempts: Path, before: str, driver: subprocess.Popen[str]) -> bool:
+    return attempts.read_text() != before or driver.poll() is not None
 
 
 def _process(driver: subprocess.Popen[str], victim: str, held: int) -> int:
