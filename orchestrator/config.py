@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 from urllib.parse import urlsplit
 
 import yaml
@@ -101,6 +101,16 @@ class GuardConfig(_Part):
     patience: int = Field(0, ge=0, description="Evaluations after the one right after the cut that may pass meanwhile.")
 
 
+class Pace(NamedTuple):
+    """Learning rate and batch size as multiples of those in the config."""
+
+    lr: float
+    batch: int
+
+
+STEADY = Pace(1.0, 1)
+
+
 class TruncationConfig(_Part):
     """When to probe the state and how far to cut it."""
 
@@ -118,6 +128,8 @@ class TruncationConfig(_Part):
         "transport", description="Adam's moments go through the cut's maps; slice and reset are for comparison."
     )
     guard: GuardConfig | None = Field(None, description="Left out: cuts are never taken back.")
+    lr_factor: float = Field(1.0, gt=0, description="Learning rate from the first cut on, as a multiple.")
+    batch_factor: int = Field(1, ge=1, description="Sequences per step from the first cut on, as a multiple.")
     probe_batches: int = Field(2, ge=1, description="Training batches from which a probe takes its statistics.")
 
     @model_validator(mode="before")
@@ -291,6 +303,13 @@ class RunConfig(_Part):
     @property
     def probe_steps(self) -> tuple[int, ...]:
         return self.truncation.probe_steps(self.train.steps) if self.truncation is not None else ()
+
+    def pace(self, cut: bool) -> Pace:
+        """Multiples of learning rate and batch size, before the first cut or after it."""
+        if not cut:
+            return STEADY
+        assert self.truncation is not None
+        return Pace(self.truncation.lr_factor, self.truncation.batch_factor)
 
     @property
     def truncation_rule(self) -> Rule | None:

@@ -75,6 +75,10 @@ class Coordinator:
     """Fenced by (attempt, step, rank): duplicates change nothing, stragglers of a dead attempt are refused."""
 
     def __init__(self, rule: Rule | None, timeout_s: float) -> None:
+        self._begin_run(rule, timeout_s)
+
+    def _begin_run(self, rule: Rule | None, timeout_s: float) -> None:
+        """Know nothing but what a run's probes go by."""
         self._rule = rule
         self._timeout_s = timeout_s
         self._attempt = 0

@@ -20,7 +20,7 @@ from models.heads import NOT_ASKED, SequenceModel
 from models.layer import TruncatableLayer
 from models.registry import LanguageTask, Task, build_mixer, build_model
 from models.scan import backends
-from orchestrator.config import RunConfig, TrainConfig
+from orchestrator.config import STEADY, Pace, RunConfig, TrainConfig
 from orchestrator.data.batches import Batch
 from orchestrator.failpoints import reach
 from orchestrator.group import Group
@@ -58,18 +58,18 @@ class Engine:
         avoid_impossible_builds()
         self._build(state_dims)
 
-    def step(self, batch: Batch, step: int) -> Tensor:
+    def step(self, batch: Batch, step: int, pace: Pace = STEADY) -> Tensor:
         """One optimizer step (from 1) on this worker's rows.
 
         Returns their share in the loss, detached: the mean over the workers is the mean over the global batch.
         """
-        lr = learning_rate(step, self._config.train)
+        lr = learning_rate(step, self._config.train) * pace.lr
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         train, share = self._config.train, torch.zeros((), device=self._group.device)
         for part in batch.to(self._group.device).split(train.accumulation):
             # DeepSpeed takes the mean over parts and workers, which may have a row more or less than others.
-            weight = len(part.targets) * train.accumulation * self._group.size / train.batch_size
+            weight = len(part.targets) * train.accumulation * self._group.size / (train.batch_size * pace.batch)
             loss = self._model.loss(self._engine(part.inputs), part.targets) * weight
             self._engine.backward(loss)
             if self._engine.is_gradient_accumulation_boundary():

@@ -12,11 +12,12 @@ from orchestrator.config import RunConfig
 
 @dataclass(frozen=True)
 class Job:
-    """What the driver hands to every worker."""
+    """What the driver hands to every worker: train up to and including step `until`."""
 
     config: RunConfig
     folder: Path
     coordinator: Any
+    until: int
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Stopped:
-    """The workers have ended after `step` and saved it, because the driver asked them to."""
+    """The workers have ended after `step`, which is saved: it was their last, or the driver asked them to."""
 
     step: int
 

@@ -38,7 +38,9 @@ class Follower:
         self.checkpoint: str | None = None
         self.step = 0
         self.stopped: int | None = None
-        """The step after which the workers have ended early, as they were asked to."""
+        """The step after which the workers have ended."""
+        self.reservation: Any = None
+        """Ray's placement group of the workers."""
         self.failure: Exception | None = None
         """What ended the recording, if anything did; nobody would read the rest of the training."""
         self._config = config
@@ -51,7 +53,6 @@ class Follower:
         self._val_loss: float | None = None
         self._stop = threading.Event()
         self._end_workers = False
-        self._reservation: Any = None
         self._thread = threading.Thread(target=self._follow, name="follower", daemon=True)
         self._thread.start()
 
@@ -59,15 +60,6 @@ class Follower:
         """Have the workers save and end after the next step that they report; False where they know already."""
         known, self._end_workers = self._end_workers, True
         return not known
-
-    def release(self) -> None:
-        """Give back what the workers of a dead controller occupied, and end those that are left.
-
-        Ray keeps a reservation for as long as the driver lives, and what Ray Train has to clean up needs the dashboard.
-        """
-        if self._reservation is not None:
-            ray.util.remove_placement_group(self._reservation)
-            self._reservation = None
 
     def stop(self) -> None:
         """Take what is left and end."""
@@ -96,7 +88,7 @@ class Follower:
     def _handle(self, event: Event) -> None:
         match event:
             case Started(step, checkpoint, cuts, sizes, parameters, scans, reservation):
-                self._reservation = reservation
+                self.reservation = reservation
                 self.step, self.checkpoint, self.cuts, self._dims = step, checkpoint, list(cuts), [*sizes]
                 self._recent.clear()
                 how = f"continued after step {step}" if step else "started"

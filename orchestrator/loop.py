@@ -20,6 +20,7 @@ from models.scan import backends
 from orchestrator import checkpoint
 from orchestrator.checkpoint import Manifest
 from orchestrator.checkpoint_writer import Writer
+from orchestrator.config import Pace
 from orchestrator.coordinator import coordinate
 from orchestrator.data import arrow
 from orchestrator.data.batches import Batch, TrainBatches, validation_batches
@@ -47,6 +48,7 @@ class Worker:
     def __init__(self, job: Job) -> None:
         self.config = config = job.config
         self.folder = job.folder
+        self.until = job.until
         self.coordinator = job.coordinator
         context = ray.train.get_context()
         torch.set_num_threads(config.cluster.cpus_per_worker)
@@ -87,15 +89,15 @@ class Worker:
         if self.step == train.steps:
             # The machine that had its metrics may be gone, and the summary needs the last ones.
             self._publish([Measured(self.step, self._evaluate() | self._dims())])
-        stop = self.step < train.steps and self._stop_wanted()
-        while self.step < train.steps and not stop:
+        stop = self.step < self.until and self._stop_wanted()
+        while self.step < self.until and not stop:
             self.step += 1
             self._train_step()
             self.writer.check()
             reach("step", self.step)
-            last = self.step == train.steps
+            last = self.step == self.until
             probe = self.step in probes and self._may_cut()
-            evaluate = last or self.step % train.eval_every == 0
+            evaluate = self.step == train.steps or self.step % train.eval_every == 0
             due = last or self.step % train.checkpoint_every == 0
             report = due or probe or evaluate or self.step % train.log_every == 0
             if report and not self._report_losses():
@@ -107,9 +109,8 @@ class Worker:
             if due or cut or stop:
                 self._save(after_cut=cut)
         self.writer.wait()
-        if stop:
-            self._publish([Stopped(self.step)])
         self.engine.close()
+        self._publish([Stopped(self.step)])
 
     def _take_over(self) -> tuple[int, int]:
         """Rank 0 begins a new attempt, which older groups of workers are refused from then on.
@@ -139,6 +140,10 @@ class Worker:
         manifest = read(path)
         return manifest, checkpoint.load(path, manifest, self.group)
 
+    @property
+    def _pace(self) -> Pace:
+        return self.config.pace(any(not cut.rolled_back for cut in self.truncations))
+
     def _may_cut(self) -> bool:
         """Nothing more is cut after a cut that was taken back."""
         rule = self.config.truncation_rule
@@ -147,7 +152,8 @@ class Worker:
 
     def _train_step(self) -> None:
         started = time.perf_counter()
-        loss = self.engine.step(self.batches.at(self.step), self.step)
+        pace = self._pace
+        loss = self.engine.step(self.batches.at(self.step, pace.batch), self.step, pace)
         self.pending.append((self.step, loss, self.engine.gradient_norm, time.perf_counter() - started))
 
     def _report_losses(self) -> bool:
@@ -172,9 +178,9 @@ class Worker:
             metrics = {
                 "train_loss": loss,
                 "gradient_norm": norm,
-                "learning_rate": learning_rate(step, self.config.train),
+                "learning_rate": learning_rate(step, self.config.train) * self._pace.lr,
                 "step_ms": 1000 * seconds,
-                "tokens_per_s": self.batches.tokens_per_step / seconds,
+                "tokens_per_s": self.batches.tokens_per_step * self._pace.batch / seconds,
             }
             events.append(Measured(step, metrics))
             named = (("training loss", loss), ("gradient", norm))
@@ -200,7 +206,7 @@ class Worker:
         rule, probes = self.config.truncation_rule, self.config.probe_steps
         assert rule is not None
         steps = range(self.step, self.step - self.probe_batches, -1)
-        statistics = self.engine.statistics(self.batches.at(step) for step in steps)
+        statistics = self.engine.statistics(self.batches.at(step, self._pace.batch) for step in steps)
         reach("statistics", self.step)
         occasion = Occasion(self.step, self.attempt, probes.index(self.step) + 1, len(probes))
         plan = coordinate(self.coordinator, rule, occasion, statistics, self.group)

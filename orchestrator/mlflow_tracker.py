@@ -9,6 +9,7 @@ import shlex
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,16 @@ MLFLOW_RUN = "mlflow.json"
 _LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 PATIENCE_S = 60.0
 _BATCH_S = 2.0
+# How a run of a sweep has ended, as its tag says.
+_TOLD = {"FINISHED": "finished", "KILLED": "pruned", "FAILED": "failed"}
+
+
+@dataclass(frozen=True)
+class Nesting:
+    """Where a run belongs that is part of a sweep: the sweep's MLflow run, and tags that say which part."""
+
+    parent_run_id: str | None
+    tags: Mapping[str, str]
 
 
 class MlflowTracker:
@@ -37,6 +48,7 @@ class MlflowTracker:
         params: Mapping[str, Any],
         memory: Path,
         warn: Callable[[str], None],
+        nesting: Nesting | None = None,
     ) -> None:
         """`memory` is a file that keeps the MLflow run's id, so that a resumed run continues the same one.
 
@@ -49,6 +61,9 @@ class MlflowTracker:
         self._deadline: float | None = None
         self._memory = memory
         self._warn = warn
+        self._tags = dict(nesting.tags) if nesting else {}
+        if nesting and nesting.parent_run_id:
+            self._tags["mlflow.parentRunId"] = nesting.parent_run_id
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._metrics: list[tuple[str, float, int, int]] = []
         self._lock = threading.Lock()
@@ -59,7 +74,8 @@ class MlflowTracker:
     @property
     def run_id(self) -> str | None:
         """The run's id, once it is known; None where MLflow cannot be reached."""
-        self._connected.wait(self._patience())
+        if self._connected.wait(self._patience()):
+            self._deadline = None  # it has answered
         return self._run_id
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -73,14 +89,19 @@ class MlflowTracker:
 
     def close(self, status: str) -> None:
         self._jobs.put(self._send_metrics)
+        if self._tags:
+            self._jobs.put(lambda: self._tag("status", _TOLD[status]))
         self._jobs.put(lambda: self._client.set_terminated(self._connected_run(), status=status))
         self._jobs.put(None)
         self._thread.join(self._patience())
         if self._thread.is_alive():
             self._fail(f"did not take everything within {PATIENCE_S:g} s")
 
+    def _tag(self, key: str, value: str) -> None:
+        self._client.set_tag(self._connected_run(), key, value)
+
     def _patience(self) -> float:
-        """What is left of the time that the end of a run may wait for the server, from the first time it waits."""
+        """What is left of the time that a run waits for a server that does not answer, from the first time it waits."""
         if self._deadline is None:
             self._deadline = time.monotonic() + PATIENCE_S
         return max(0.0, self._deadline - time.monotonic())
@@ -124,7 +145,7 @@ class MlflowTracker:
                 experiment_id = self._client.create_experiment(experiment, artifact_location=location)
             else:
                 experiment_id = found.experiment_id
-            self._run_id = self._client.create_run(experiment_id, run_name=run_name).info.run_id
+            self._run_id = self._client.create_run(experiment_id, run_name=run_name, tags=self._tags).info.run_id
             self._memory.write_text(json.dumps({"uri": self.uri, "run_id": self._run_id}) + "\n")
             pairs = [Param(key, str(value)) for key, value in params.items()]
             for first in range(0, len(pairs), 100):  # MLflow's limit a call
@@ -162,7 +183,7 @@ class MlflowTracker:
             self._client.log_batch(self._connected_run(), metrics=batch)
 
 
-def _mlflow_uri(config: RunConfig) -> str:
+def mlflow_uri(config: RunConfig) -> str:
     """The configured server, else MLflow's own environment variable, else SQLite beside the runs."""
     from_environment = os.environ.get("MLFLOW_TRACKING_URI")
     return config.tracking.mlflow_uri or from_environment or f"sqlite:///{config.storage / 'mlflow.db'}"
@@ -170,21 +191,24 @@ def _mlflow_uri(config: RunConfig) -> str:
 
 def mlflow_command(config: RunConfig) -> str:
     """What opens MLflow for a person: a command, or the server's address."""
-    uri = _mlflow_uri(config)
+    uri = mlflow_uri(config)
     return f"mlflow ui --backend-store-uri {shlex.quote(uri)}" if uri.startswith("sqlite:") else uri
 
 
-def mlflow_tracker(config: RunConfig, folder: Path, warn: Callable[[str], None]) -> MlflowTracker | None:
+def mlflow_tracker(
+    config: RunConfig, folder: Path, warn: Callable[[str], None], nesting: Nesting | None = None
+) -> MlflowTracker | None:
     """The MLflow run of the training in `folder`; None where the config wants none."""
     if not config.tracking.mlflow:
         return None
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a run needs no network
     return MlflowTracker(
-        _mlflow_uri(config),
+        mlflow_uri(config),
         config.tracking.experiment,
         config.storage / "mlartifacts",
         folder.name,
         dict(flatten(config.model_dump(mode="json"))),
         folder / MLFLOW_RUN,
         warn,
+        nesting,
     )

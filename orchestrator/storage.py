@@ -47,14 +47,31 @@ def run_folder(config: RunConfig) -> Iterator[Path]:
     """
     folder = config.storage / config.name
     new = not folder.exists()
+    with hold_folder(folder):
+        try:
+            (folder / "plans").mkdir(exist_ok=True)
+            _create(checkpoints_of(folder, config.checkpoints.storage))
+            yield folder
+        except UserError:
+            if new and not (folder / "config.yaml").exists():
+                shutil.rmtree(folder)
+            raise
+
+
+@contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """A folder with one for logs in it, closed to other drivers for the duration of the block.
+
+    Raises:
+        UserError: another driver is at work there, or it cannot be written.
+    """
     try:
-        for part in ("plans", "logs"):
-            (folder / part).mkdir(parents=True, exist_ok=True)
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("a+")
     except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"storage {config.storage} cannot be written: {error.filename} is in the way") from error
+        raise UserError(f"storage {folder.parent} cannot be written: {error.filename} is in the way") from error
     except OSError as error:
-        raise UserError(f"storage {config.storage} cannot be written: {error.strerror}") from error
+        raise UserError(f"storage {folder.parent} cannot be written: {error.strerror}") from error
     with lock:
         try:
             # The kernel's lock, on NFS too: it is gone with the process, however that ends.
@@ -65,17 +82,11 @@ def run_folder(config: RunConfig) -> Iterator[Path]:
                 f"run {folder} is being trained by {lock.read()}; wait for its end, or give this run another name="
             ) from None
         except OSError as error:
-            raise UserError(f"storage {config.storage} cannot be locked: {error.strerror}") from error
+            raise UserError(f"storage {folder.parent} cannot be locked: {error.strerror}") from error
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
-        try:
-            _create(checkpoints_of(folder, config.checkpoints.storage))
-            yield folder
-        except UserError:
-            if new and not (folder / "config.yaml").exists():
-                shutil.rmtree(folder)
-            raise
+        yield
 
 
 def _create(checkpoints: Folder) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from orchestrator.config import RunConfig
-from orchestrator.mlflow_tracker import MlflowTracker, mlflow_tracker
+from orchestrator.mlflow_tracker import MlflowTracker, Nesting, mlflow_tracker
 
 
 class Tracker(Protocol):
@@ -71,11 +71,11 @@ class CompositeTracker:
 
 
 class RunTracker(CompositeTracker):
-    """What a run is tracked by: its folder, and MLflow where the config wants it."""
+    """What a run is tracked by: its folder, MLflow where the config wants it, and whoever listens."""
 
-    def __init__(self, folder: Path, mlflow: MlflowTracker | None) -> None:
+    def __init__(self, folder: Path, mlflow: MlflowTracker | None, listener: Tracker | None) -> None:
         trackers: list[Tracker] = [JsonlTracker(folder / "metrics.jsonl")]
-        super().__init__([*trackers, mlflow] if mlflow else trackers)
+        super().__init__([*trackers, *(tracker for tracker in (mlflow, listener) if tracker is not None)])
         self._mlflow = mlflow
 
     @property
@@ -84,9 +84,15 @@ class RunTracker(CompositeTracker):
 
 
 @contextmanager
-def tracking(config: RunConfig, folder: Path, warn: Callable[[str], None]) -> Iterator[RunTracker]:
+def tracking(
+    config: RunConfig,
+    folder: Path,
+    warn: Callable[[str], None],
+    nesting: Nesting | None = None,
+    listener: Tracker | None = None,
+) -> Iterator[RunTracker]:
     """Track a run for the duration of the block; how the block ends is the run's status."""
-    tracker = RunTracker(folder, mlflow_tracker(config, folder, warn))
+    tracker = RunTracker(folder, mlflow_tracker(config, folder, warn, nesting), listener)
     status = "FAILED"
     try:
         yield tracker

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from orchestrator.events import Job
+import ray
 
 
-def run_worker(job: Job) -> None:
-    """What Ray Train runs on every worker."""
-    if not job.config.cluster.use_gpu:
+def run_worker(crew: dict[str, Any]) -> None:
+    """What Ray Train runs on every worker: one job after the other, until no more follows.
+
+    `crew` holds the `foreman`, an actor that knows the jobs, and `use_gpu`.
+    """
+    if not crew["use_gpu"]:
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would take a GPU that it sees, whose is not ours
     # DeepSpeed's autotuner imports MLflow where it finds it: two seconds of every start, for nothing.
     sys.modules["mlflow"] = None  # type: ignore[assignment]
     from orchestrator.loop import train_worker
 
-    train_worker(job)
+    number, job = ray.get(crew["foreman"].next_job.remote(0))
+    while job is not None:
+        train_worker(job)
+        number, job = ray.get(crew["foreman"].next_job.remote(number))

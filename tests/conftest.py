@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from models.scan import backends, extension
+from tests.runs import end_crews
 
 
 @pytest.fixture(scope="session")
@@ -58,9 +59,10 @@ def small_run(tmp_path: Path, corpus: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
-    """One Ray for the tests that start several trainings in this process."""
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    """One Ray for the tests that start several trainings in this process, with room for `train`'s waiting workers."""
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
+    end_crews()
     ray.shutdown()
 
 

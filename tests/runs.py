@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,17 +16,43 @@ import yaml
 from safetensors.torch import load_file
 
 from compression.plan import TruncationPlan
+from orchestrator import launch
+from orchestrator.config import RunConfig
+from orchestrator.crew import Crew
+from orchestrator.launch import Lent
 from orchestrator.run_folder import read_metrics
 
+_crews: dict[tuple[object, ...], Crew] = {}
 
-def start(raw: dict[str, Any], **environment: str) -> subprocess.Popen[str]:
-    """`rayduce train` as a process of its own session, as a person at a terminal starts it."""
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """`launch.train` with workers that wait for the next run, because starting them takes most of a small one's time.
+
+    Only where a test has Ray running, `local_ray`, which ends them.
+    """
+    cluster = config.cluster
+    key = (cluster.workers, cluster.cpus_per_worker, cluster.timeout_s, cluster.max_failures)
+    if key not in _crews:
+        while len(_crews) > 1:
+            _crews.pop(next(iter(_crews))).close(orderly=True)
+        folder = Path(tempfile.mkdtemp(prefix="crew"))
+        _crews[key] = Crew(cluster, folder, folder / "ray.log")
+    return launch.train(config, Lent(_crews[key]))
+
+
+def end_crews() -> None:
+    while _crews:
+        _crews.popitem()[1].close(orderly=True)
+
+
+def start(raw: dict[str, Any], *options: str, command: str = "train", **environment: str) -> subprocess.Popen[str]:
+    """`rayduce train`, or another command, as a process of its own session, as a person at a terminal starts it."""
     config = Path(raw["storage"]).parent / f"{raw['name']}.yaml"
     config.write_text(yaml.safe_dump(raw))
-    command = [str(Path(sys.executable).with_name("rayduce")), "train", str(config)]
+    words = [str(Path(sys.executable).with_name("rayduce")), command, str(config), *options]
     pipe = subprocess.PIPE
     env = os.environ | environment
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True, env=env)
+    return subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, start_new_session=True, env=env)
 
 
 def wait_until(condition: Callable[[], object], what: str, within: float = 240) -> None:

@@ -39,7 +39,7 @@ from orchestrator.retention import kept, prune
 from orchestrator.sharded_state import ShardedState, assign_owners
 from orchestrator.storage import checkpoints_of, run_folder
 from tests.conftest import Pair
-from tests.runs import dims_loaded_alone, wait_until
+from tests.runs import dims_loaded_alone, train, wait_until
 
 SHAPES = {"embedding": (7, 3), "mixer.A": (4,), "mixer.B": (4, 5), "norm": (1,), "scalar": ()}
 TOKEN, OTHER = "0" * 15 + "1", "f" * 16
@@ -554,7 +554,7 @@ def test_storage_that_goes_away_in_the_middle_of_a_run_is_waited_for(
 
     with ThreadPoolExecutor(1) as pool:
         missed = pool.submit(disappear)
-        summary = launch.train(parse_config(small_run))
+        summary = train(parse_config(small_run))
         assert missed.result(), "storage was there again before it was needed"
     folder = Folder.of(place, "place")
     assert [checkpoint.verify(checkpoint.at(folder, step)).step for step in (3, 5, 7, 10, 12)] == [3, 5, 7, 10, 12]
@@ -595,7 +595,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_training_in_one_sentence(
     with pytest.raises(
         TrainingError, match=r"CheckpointError: .*step-00000006 cannot be written: File exists"
     ) as failed:
-        launch.train(config)
+        train(config)
     thread.join()
     assert "\n" not in str(failed.value)
 

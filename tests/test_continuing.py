@@ -16,14 +16,13 @@ import pytest
 import torch
 
 from compression.plan import StateSelection
-from orchestrator import launch
 from orchestrator.config import RunConfig, Workers, parse_config
 from orchestrator.data.sources import TextFiles
 from orchestrator.errors import UserError
 from orchestrator.mlflow_tracker import MLFLOW_RUN
 from orchestrator.storage import run_folder
 from tests.conftest import small_run as small_run_fixture
-from tests.runs import dims_loaded_alone, losses, plans, saved, start, wait_until
+from tests.runs import dims_loaded_alone, losses, plans, saved, start, train, wait_until
 
 pytestmark = pytest.mark.cluster
 Finished = tuple[RunConfig, Path]
@@ -34,7 +33,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path, local_ray: 
     raw = small_run_fixture.__wrapped__(tmp_path_factory.mktemp("run"), corpus)
     database = f"sqlite:///{Path(raw['storage']) / 'mlflow.db'}"  # stays the same for copies of the run
     config = parse_config(raw | {"tracking": {"mlflow_uri": database}})
-    launch.train(config)
+    train(config)
     return config, config.storage / config.name
 
 
@@ -60,7 +59,7 @@ def same_end(folder: Path, reference: Path, step: int) -> bool:
 def test_continuing_equals_never_having_stopped(finished: Finished, tmp_path: Path) -> None:
     _, reference = finished
     config, folder = interrupted(finished, tmp_path, after=5)
-    summary = launch.train(config)
+    summary = train(config)
     assert losses(folder) == losses(reference)  # bit by bit, the cut at step 7 included
     assert [plan.dims_after for plan in plans(folder)] == [(8, 8), (4, 4)]
     assert [plan.attempt for plan in plans(folder)] == [1, 2]
@@ -78,7 +77,7 @@ def test_a_run_continues_with_other_workers_and_at_another_stage(
     _, reference = finished
     config, folder = interrupted(finished, tmp_path, after=5)
     change = {"workers": Workers(min=workers, max=workers), "zero_stage": stage}
-    launch.train(config.model_copy(update={"cluster": config.cluster.model_copy(update=change)}))
+    train(config.model_copy(update={"cluster": config.cluster.model_copy(update=change)}))
     cut, expected = plans(folder)[-1], plans(reference)[-1]
     assert (cut.step, cut.attempt, cut.dims_after) == (7, 2, expected.dims_after)
     for ours, theirs in zip(cut.layers, expected.layers, strict=True):
@@ -96,7 +95,7 @@ def test_a_run_without_a_complete_checkpoint_starts_over(finished: Finished, tmp
         path.rename(path.with_name(path.name + ".partial"))
     with (folder / "metrics.jsonl").open("a") as metrics:
         metrics.write('\n{"step": 99, "val_loss": 0.0}\n')
-    summary = launch.train(config)
+    summary = train(config)
     assert losses(folder) == losses(reference)
     assert {plan.attempt for plan in plans(folder)} == {2}
     assert same_end(folder, reference, 12)
@@ -109,7 +108,7 @@ def test_a_finished_run_whose_machine_is_gone_gets_its_summary_again(finished: F
     config, reference = finished
     shutil.copytree(reference / "checkpoints", tmp_path / "storage" / "small")
     checkpoints = config.checkpoints.model_copy(update={"storage": str(tmp_path / "storage")})
-    summary = launch.train(config.model_copy(update={"storage": tmp_path / "runs", "checkpoints": checkpoints}))
+    summary = train(config.model_copy(update={"storage": tmp_path / "runs", "checkpoints": checkpoints}))
     original = json.loads((reference / "summary.json").read_text())
     for key in ("final_dims", "truncations", "val_loss_final"):
         assert summary[key] == original[key]
@@ -142,30 +141,30 @@ def test_the_model_of_a_run_is_loaded_without_the_cluster(finished: Finished) ->
 def test_a_finished_run_is_not_trained_again(finished: Finished, capfd: pytest.CaptureFixture[str]) -> None:
     config, folder = finished
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != "driver.lock"}
-    assert launch.train(config) == json.loads((folder / "summary.json").read_text())
+    assert train(config) == json.loads((folder / "summary.json").read_text())
     (line,) = capfd.readouterr().out.splitlines()
     assert str(folder / "summary.json") in line
     assert {path: path.stat().st_mtime_ns for path in before} == before
     with pytest.raises(UserError, match=r"seed \(was 0, is 5\); another name= starts a new run"):
-        launch.train(config.model_copy(update={"seed": 5}))
+        train(config.model_copy(update={"seed": 5}))
 
 
 def test_what_cannot_continue_is_refused_by_name(finished: Finished, tmp_path: Path) -> None:
     config, folder = interrupted(finished, tmp_path, after=5)
     other = config.model_copy(update={"seed": 5, "train": config.train.model_copy(update={"lr": 1.0})})
     with pytest.raises(UserError, match=r"seed \(was 0, is 5\), train\.lr \(was 0\.01, is 1\.0\); another name="):
-        launch.train(other)
+        train(other)
     checkpoint = folder / "checkpoints" / "step-00000005"
     [shard] = checkpoint.glob("shard-00001-of-00002-*.safetensors")
     content = bytearray(shard.read_bytes())
     content[-3] ^= 1
     shard.write_bytes(content)
     with pytest.raises(UserError, match=rf"{shard.name} is damaged"):
-        launch.train(config)
+        train(config)
     manifest = checkpoint / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"step": 5', '"step": 6', 1))
     with pytest.raises(UserError, match=r"manifest\.json is damaged"):
-        launch.train(config)
+        train(config)
 
 
 def test_continuing_refuses_other_data(finished: Finished, tmp_path: Path) -> None:
@@ -175,7 +174,7 @@ def test_continuing_refuses_other_data(finished: Finished, tmp_path: Path) -> No
     config.data.path.write_bytes(text + b"another page")
     try:
         with pytest.raises(UserError, match="is not what it was trained on"):
-            launch.train(config)
+            train(config)
     finally:
         config.data.path.write_bytes(text)
 

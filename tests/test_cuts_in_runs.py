@@ -12,19 +12,19 @@ import torch
 from safetensors.torch import load_file
 
 from compression.plan import StateRotation, TruncationPlan
-from orchestrator import checkpoint, launch
+from orchestrator import checkpoint
 from orchestrator.config import GuardConfig, parse_config
 from orchestrator.filesystem import Folder
 from orchestrator.guard import Watch
 from orchestrator.inference import load_model
 from orchestrator.run_folder import last_plan, read_metrics
 from orchestrator.storage import checkpoints_of
-from tests.runs import losses
+from tests.runs import losses, train
 
 
 def finished(raw: dict[str, Any], **changes: Any) -> tuple[Path, dict[str, Any]]:
     config = parse_config(raw | changes)
-    summary = launch.train(config)
+    summary = train(config)
     return config.storage / config.name, summary
 
 
@@ -126,7 +126,7 @@ def test_a_settled_ranking_is_cut_and_a_continued_run_knows_how_long_it_has_been
     kept = [line for line in (copy / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] <= 5]
     (copy / "metrics.jsonl").write_text("\n".join(kept) + "\n")
     (copy / "summary.json").unlink()
-    launch.train(parse_config(small_run | {"storage": str(copy.parent)}))
+    train(parse_config(small_run | {"storage": str(copy.parent)}))
     assert losses(copy) == losses(folder)
     assert last_plan(copy, 12) is not None
     assert [layer.quiet for layer in last_plan(copy, 12).layers] == [2, 2]  # type: ignore[union-attr]

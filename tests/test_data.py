@@ -70,6 +70,14 @@ def test_validation_rows_are_the_same_on_any_number_of_workers(
         assert sorted(alone) == sorted(row for batches in shares for row in fingerprints(batches))
 
 
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_a_larger_batch_goes_on_through_the_same_order(text: Path, workers: int) -> None:
+    """Three times as many sequences a step are the rows of three usual steps, on any number of workers."""
+    parts = [TrainBatches(text, 32, 12, 7, rank, workers).at(4, 3).inputs for rank in range(workers)]
+    usual = [rows(text, 32, step).inputs for step in (10, 11, 12)]
+    assert torch.equal(torch.cat(parts), torch.cat(usual))
+
+
 def test_steps_can_be_taken_in_any_order(text: Path) -> None:
     batches = TrainBatches(text, 32, 12, 7, 0, 1)
     later, earlier = batches.at(900), batches.at(3)

@@ -27,12 +27,13 @@ from models.layer import TruncatableLayer
 from models.lru import LRU, LRUConfig
 from models.mamba import Mamba, MambaConfig
 from models.registry import LanguageTask, build_model
-from orchestrator import checkpoint, launch
+from orchestrator import checkpoint
 from orchestrator.cli import main
 from orchestrator.config import parse_config
 from orchestrator.filesystem import Folder
 from orchestrator.inference import load_model
 from orchestrator.storage import checkpoints_of
+from tests.runs import train
 
 F64 = torch.float64
 VOCABULARY = 256
@@ -143,7 +144,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, corpus: Path, local_ray: None)
     from tests.conftest import small_run  # its values, with a folder that lives for the whole module
 
     root = tmp_path_factory.mktemp("run")
-    launch.train(parse_config(small_run.__wrapped__(root, corpus)))
+    train(parse_config(small_run.__wrapped__(root, corpus)))
     shutil.rmtree(root / "data")
     return root / "runs" / "small"
 
@@ -160,7 +161,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Pat
         "train": {"steps": 1, "batch_size": 4, "lr": 0.01},
         "tracking": {"mlflow": False},
     }
-    launch.train(parse_config(raw))
+    train(parse_config(raw))
     return root / "runs" / "digits"
 
 

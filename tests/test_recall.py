@@ -14,7 +14,6 @@ from click.testing import CliRunner
 
 from models.heads import NOT_ASKED, TokenModel
 from models.registry import LanguageTask, RecallTask, Task, build_model
-from orchestrator import launch
 from orchestrator.cli import main
 from orchestrator.config import parse_config
 from orchestrator.data import arrow
@@ -26,6 +25,7 @@ from orchestrator.group import Group
 from orchestrator.inference import load_model
 from orchestrator.run_folder import read_metrics
 from orchestrator.summary import describe_summary
+from tests.runs import train
 
 SMALL = {"source": "recall", "seq_len": 24, "pairs": 4, "vocab_size": 40, "train_examples": 60, "val_examples": 20}
 
@@ -223,7 +223,7 @@ def test_evaluation_counts_every_answer_once(tmp_path: Path, alone: ProcessPoolE
 @pytest.mark.cluster
 def test_a_run_reports_accuracy_and_generates_no_text(tmp_path: Path, local_ray: None) -> None:
     config = parse_config(settings(tmp_path))
-    summary = launch.train(config)
+    summary = train(config)
     folder = tmp_path / "runs" / "recall"
     assert summary["final_dims"] == [4, 4]
 

@@ -32,7 +32,7 @@ from orchestrator.errors import TrainingError, UserError
 from orchestrator.mlflow_tracker import MLFLOW_RUN
 from orchestrator.run_folder import read_metrics
 from orchestrator.storage import checkpoints_of
-from tests.runs import losses, plans, saved
+from tests.runs import losses, plans, saved, train
 
 pytestmark = pytest.mark.cluster
 Finished = tuple[RunConfig, Path, str]
@@ -45,6 +45,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Finished
 
     root = tmp_path_factory.mktemp("run")
     raw = small_run.__wrapped__(root, corpus) | {"tracking": {"mlflow": True}}
+    raw["truncation"] |= {"lr_factor": 0.5, "batch_factor": 2}
     path = root / "small.yaml"
     path.write_text(yaml.safe_dump(raw))
     command = [str(Path(sys.executable).with_name("rayduce")), "train", str(path)]
@@ -98,6 +99,7 @@ def test_mlflow_holds_the_same(finished: Finished) -> None:
 def test_training_equals_plain_torch_cut_by_hand(finished: Finished) -> None:
     """Losses, final parameters and both Adam moments, against one process with torch's AdamW and sliced tensors."""
     config, folder, _ = finished
+    assert config.truncation is not None
     cuts = {plan.step: plan for plan in plans(folder)}
     torch.manual_seed(config.seed)
     model = build_model(config.model, LanguageTask(256), [16, 16])
@@ -106,8 +108,13 @@ def test_training_equals_plain_torch_cut_by_hand(finished: Finished) -> None:
     batches = TrainBatches(data, config.seq_len, config.train.batch_size, config.seed, 0, 1)
     measured = losses(folder)
     lrs = {row["step"]: row["learning_rate"] for row in read_metrics(folder)}
+    first_cut = min(cuts)
+    # The cosine alone takes a few per cent a step.
+    assert 0.85 < lrs[first_cut] / lrs[first_cut - 1] < 1
+    assert 0.85 < lrs[first_cut + 1] / lrs[first_cut] / config.truncation.lr_factor < 1
+    assert 0.85 < lrs[first_cut + 2] / lrs[first_cut + 1] < 1
     for step in range(1, config.train.steps + 1):
-        batch = batches.at(step)
+        batch = batches.at(step, 2 if step > first_cut else 1)
         for group in optimizer.param_groups:
             group["lr"] = lrs[step]
         optimizer.zero_grad()
@@ -186,7 +193,7 @@ def test_one_worker_and_two_make_the_same_run(
             "name": f"workers{workers}",
             "cluster": {"workers": workers, "zero_stage": zero_stage, "timeout_s": 60},
         }
-        launch.train(parse_config(raw))
+        train(parse_config(raw))
         folders[workers] = Path(raw["storage"]) / raw["name"]
     for alone, shared in zip(plans(folders[1]), plans(folders[2]), strict=True):
         assert (alone.step, alone.dims_before, alone.dims_after) == (shared.step, shared.dims_before, shared.dims_after)
@@ -211,7 +218,7 @@ def test_bfloat16_follows_float32_and_keeps_float32_parameters(
     for precision in ("float32", "bfloat16"):
         small_run["name"], small_run["train"]["precision"] = precision, precision
         config = parse_config(small_run)
-        assert launch.train(config)["final_dims"] == [4, 4]
+        assert train(config)["final_dims"] == [4, 4]
         folder = config.storage / precision
         curves.append(losses(folder))
         assert {part.dtype for part in saved(folder, config.train.steps).values()} == {torch.float32}
@@ -281,7 +288,7 @@ def test_the_run_outlives_its_mlflow_server(
 
     threading.Thread(target=kill_when_known, daemon=True).start()
     try:
-        summary = launch.train(parse_config(small_run))
+        summary = train(parse_config(small_run))
         assert killed.is_set(), "the server outlived the run"
     finally:
         ended.set()
@@ -291,8 +298,9 @@ def test_the_run_outlives_its_mlflow_server(
 
 
 def test_more_workers_than_cores_are_refused(small_run: dict[str, Any], local_ray: None) -> None:
-    small_run["cluster"] = {"workers": 4}
-    with pytest.raises(UserError, match=r"cluster\.workers 4 need 4 CPUs \(1 each\), but the cluster has 2"):
+    small_run["train"]["batch_size"] = 5
+    small_run["cluster"] = {"workers": 5}
+    with pytest.raises(UserError, match=r"cluster\.workers 5 need 5 CPUs \(1 each\), but the cluster has 4"):
         launch.train(parse_config(small_run))
     small_run["cluster"] = {"workers": 1, "use_gpu": True}
     with pytest.raises(UserError, match=r"cluster\.workers 1 need 1 GPUs \(1 each\), but the cluster has 0"):
@@ -304,7 +312,7 @@ def test_diverged_training_fails_in_one_sentence(small_run: dict[str, Any], loca
     small_run["train"] |= {"lr": 1e30, "warmup": 0, "grad_clip": 0}
     sentence = r"training failed after step 2: .*the training loss of step 2 is no number; train\.lr may .*ray\.log"
     with pytest.raises(TrainingError, match=sentence) as failed:
-        launch.train(parse_config(small_run))
+        train(parse_config(small_run))
     assert "\n" not in str(failed.value)
     assert (Path(small_run["storage"]) / "small" / "attempt").read_text() == "1\n"  # not tried again
 
@@ -317,7 +325,7 @@ def test_statistics_that_are_no_numbers_end_the_run_in_one_sentence(small_run: d
         r"training failed after step 1: ValueError: layer \d at step 1: the state statistics hold NaN or infinity"
     )
     with pytest.raises(TrainingError, match=sentence) as failed:
-        launch.train(parse_config(small_run))
+        train(parse_config(small_run))
     assert "\n" not in str(failed.value)
     assert (Path(small_run["storage"]) / "small" / "attempt").read_text() == "1\n"
 
@@ -328,7 +336,7 @@ def test_a_held_out_loss_that_is_no_number_ends_the_run_in_one_sentence(
     small_run["train"] |= {"steps": 1, "lr": 1e30, "warmup": 0}
     sentence = "training failed after step 1: FloatingPointError: the held-out loss after step 1 is no number"
     with pytest.raises(TrainingError, match=sentence):
-        launch.train(parse_config(small_run | {"truncation": None}))
+        train(parse_config(small_run | {"truncation": None}))
     folder = Path(small_run["storage"]) / "small"
     assert (folder / "attempt").read_text() == "1\n"
     assert not (folder / "checkpoints" / "step-00000001").exists()

@@ -116,7 +116,7 @@ class TrainBatches:
         self._data = _open(folder, "train", seq_len)
         self._batch_size = batch_size
         self._seed = seed
-        self._own = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+        self._rank, self._workers = rank, world_size
         self._orders: dict[int, NDArray[np.int64]] = {}
 
     @property
@@ -124,10 +124,11 @@ class TrainBatches:
         """Time steps in one global batch."""
         return self._batch_size * self._data.seq_len
 
-    def at(self, step: int) -> Batch:
-        """This worker's rows of the batch of `step` (from 1)."""
-        first = (step - 1) * self._batch_size
-        positions = np.arange(first, first + self._batch_size)[self._own]
+    def at(self, step: int, factor: int = 1) -> Batch:
+        """This worker's rows of the batch of `step` (from 1), which has `factor` times as many sequences as usual."""
+        size = factor * self._batch_size
+        first, last = (size * rank // self._workers for rank in (self._rank, self._rank + 1))
+        positions = (step - 1) * size + np.arange(first, last)
         epochs, places = np.divmod(positions, self._data.length)
         rows = np.array([self._order(int(e))[p] for e, p in zip(epochs, places, strict=True)])
         return self._data.take(rows)

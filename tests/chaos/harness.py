@@ -21,7 +21,7 @@ from tests.runs import start, wait_until
 
 # A process of the run, as `ps` shows it. `worker` is the one that is held; `other` is the one that is not, which has
 # gone on into the next collective: into the middle of a reshape, for example.
-TITLES = {"coordinator": "ray::Coordinator", "controller": "ray::TrainController", "other": "ray::RayTrainWorker"}
+TITLES = {"coordinator": "ray::Foreman", "controller": "ray::TrainController", "other": "ray::RayTrainWorker"}
 
 
 @dataclass(frozen=True)

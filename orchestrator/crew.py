@@ -1,0 +1,200 @@
+"""A crew: Ray Train workers and their coordinator, who train one job after another.
+
+Starting workers takes far longer than giving them something else to train, so whoever has several jobs keeps the crew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from concurrent.futures import Future, wait
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.exceptions import RayActorError
+from ray.train import FailureConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from orchestrator.config import ClusterConfig
+from orchestrator.coordinator import Coordinator
+from orchestrator.errors import TrainingError
+from orchestrator.events import Job
+from orchestrator.failures import RetryPolicy, in_a_line, root_cause
+from orchestrator.follow import Follower
+from orchestrator.signals import StopRequest
+from orchestrator.terminal import Terminal
+from orchestrator.worker import run_worker
+
+_POLL_S = 0.25
+_LEAVE_S = 60.0
+
+
+class Foreman(Coordinator):
+    """The coordinator of one run after another, which also says what the workers train next."""
+
+    def __init__(self) -> None:
+        super().__init__(None, 0)
+        self._number = 0
+        self._job: Job | None = None
+        self._closed = False
+        self._news = asyncio.Event()
+
+    async def assign(self, number: int, job: Job) -> None:
+        """Job `number`, from 1, is what everyone works on from now on. To hear of it again changes nothing."""
+        if number != self._number:
+            self._number, self._job = number, job
+            self._begin_run(job.config.truncation_rule, job.config.cluster.timeout_s)
+            self._news.set()
+
+    async def next_job(self, after: int) -> tuple[int, Job | None]:
+        """Number and content of the job that follows, as soon as there is one; None where none will follow."""
+        while self._number <= after and not self._closed:
+            self._news.clear()
+            await self._news.wait()
+        return self._number, None if self._closed else self._job
+
+    async def dismiss(self) -> None:
+        """Whoever asks for a job hears that there is none."""
+        self._closed = True
+        self._news.set()
+
+
+class Crew:
+    """Workers of one cluster config, who start with the first job."""
+
+    def __init__(self, cluster: ClusterConfig, folder: Path, log: Path) -> None:
+        """`folder` is Ray Train's, and `log` is where the workers' output goes."""
+        self.cluster = cluster
+        self.log = log
+        self._folder = folder
+        # Its process may die like a worker's: whoever calls meanwhile waits until Ray has started it again.
+        options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
+        self.foreman = ray.remote(Foreman).options(**options).remote()
+        self._number = 0
+        self._fit: Future[None] | None = None
+        self._reservation: Any = None
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(kind is None)
+
+    def close(self, orderly: bool) -> None:
+        """End the workers: orderly, where no job is being trained."""
+        if orderly and self._fit is not None:
+            ray.get(self.foreman.dismiss.remote())
+            wait([self._fit], timeout=_LEAVE_S)
+        ray.kill(self.foreman)
+        self._release()
+
+    def train(self, job: Job, follower: Follower, terminal: Terminal, stop: StopRequest) -> None:
+        """Have the workers train a job to its end, or until what they report cannot be recorded any more.
+
+        When Ray Train's controller dies, which nobody else looks after, the workers are started again.
+
+        Raises:
+            TrainingError: they failed, with the first one's own words.
+        """
+        self._number += 1
+        left = self.cluster.max_failures
+        while follower.failure is None and follower.stopped is None:
+            # Again and again, because a process that Ray had to start again knows of no job.
+            ray.get(self.foreman.assign.remote(self._number, job))
+            if self._fit is None:
+                self._fit = _in_a_thread(self._trainer())
+            if wait([self._fit], timeout=_POLL_S).done and follower.stopped is None:
+                self._explain(follower, terminal, left)
+                left -= 1
+            if stop.signal is not None and follower.end_workers():
+                terminal.line("stopping: a checkpoint follows (a second signal ends at once, without)")
+        self._reservation = follower.reservation
+
+    def _explain(self, follower: Follower, terminal: Terminal, left: int) -> None:
+        """The workers have ended before the job: say why, or raise it."""
+        fit, self._fit = self._fit, None
+        assert fit is not None
+        try:
+            fit.result()
+        except ray.train.TrainingFailedError as error:
+            raise TrainingError(
+                f"training failed after step {follower.step}: {_cause(error)}; details in {self.log}"
+            ) from error
+        except RayActorError as error:
+            if left == 0:
+                raise TrainingError(
+                    f"Ray Train's controller died after step {follower.step}, as often as cluster.max_failures "
+                    f"{self.cluster.max_failures} allows; the same command continues from the last checkpoint"
+                ) from error
+            terminal.line(f"Ray Train's controller died after step {follower.step}; starting the workers again")
+            self._reservation = follower.reservation
+            self._release()
+
+    def _release(self) -> None:
+        """Give back what the workers occupied, and end those that are left.
+
+        Ray keeps a dead controller's reservation for as long as the driver lives, and what Ray Train has to clean up
+        needs the dashboard.
+        """
+        if self._reservation is not None:
+            ray.util.remove_placement_group(self._reservation)
+            self._reservation = None
+
+    def _trainer(self) -> TorchTrainer:
+        cluster, workers = self.cluster, self.cluster.workers
+        # How long Ray Train waits for a worker that does not answer, and for nodes; it has no other way to be told.
+        os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(cluster.timeout_s)
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.timeout_s)
+        # An actor more per group of workers, to announce the loss of a node to workers that do not ask for it.
+        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+        return TorchTrainer(
+            run_worker,
+            train_loop_config={"foreman": self.foreman, "use_gpu": cluster.use_gpu},
+            scaling_config=ScalingConfig(
+                num_workers=workers.min if workers.min == workers.max else (workers.min, workers.max),
+                use_gpu=cluster.use_gpu,
+                resources_per_worker={"CPU": cluster.cpus_per_worker, "GPU": int(cluster.use_gpu)},
+            ),
+            torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo", timeout_s=cluster.timeout_s),
+            # Ray Train would continue a run whose name and path it knows; that is for our checkpoints to decide.
+            run_config=ray.train.RunConfig(
+                name=f"{time.time_ns()}",
+                storage_path=str(self._folder),
+                failure_config=FailureConfig(
+                    max_failures=cluster.max_failures, controller_failure_limit=cluster.max_failures
+                ),
+                callbacks=[RetryPolicy(self.foreman)],
+            ),
+        )
+
+
+def _in_a_thread(trainer: TorchTrainer) -> Future[None]:
+    """Run a trainer to its end.
+
+    In a thread, because in the main one Ray Train takes SIGINT for itself, and ends the process without a word. In a
+    daemon, because a call that Ray's shutdown overtakes may never return.
+    """
+    fit: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            trainer.fit()
+            fit.set_result(None)
+        except Exception as error:  # noqa: BLE001 -- raised in the main thread
+            fit.set_exception(error)
+
+    threading.Thread(target=run, name="fit", daemon=True).start()
+    return fit
+
+
+def _cause(error: BaseException) -> str:
+    """The first worker's own words, without the layers that Ray wraps around them."""
+    if isinstance(error, ray.train.WorkerGroupError):
+        error = error.worker_failures[min(error.worker_failures)]
+    elif isinstance(error, ray.train.ControllerError):
+        error = error.controller_failure
+    return in_a_line(root_cause(error))
