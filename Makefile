@@ -4,10 +4,13 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	&& echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: train test fast chaos bench lint clean
+.PHONY: train tune test fast chaos bench lint clean
 
 train: .venv/ready
 	$(BIN)/rayduce train configs/quickstart.yaml
+
+tune: .venv/ready
+	$(BIN)/rayduce tune configs/digits_lru.yaml train.steps=400 --space timing --samples 4 --search random
 
 test: .venv/ready
 	$(BIN)/pytest

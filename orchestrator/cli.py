@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import ParamSpec
+from typing import Literal, ParamSpec
 
 import click
 
@@ -78,6 +78,54 @@ def train(config: Path, overrides: tuple[str, ...]) -> None:
 
 
 @main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", metavar="[KEY.SUB=VALUE]...", nargs=-1)
+@click.option("--space", required=True, metavar="NAME", help="A space of tune_spaces, or the path of a Python file.")
+@click.option("--samples", type=int, metavar="N", help="Trials of a random or TPE search.")
+@click.option(
+    "--objective",
+    "objectives",
+    multiple=True,
+    default=("val_loss",),
+    show_default=True,
+    help="val_loss, val_accuracy, states or train_seconds; several make a Pareto search. The first chooses the best.",
+)
+@click.option("--search", type=click.Choice(["tpe", "random", "grid"]), default="tpe", show_default=True)
+@click.option("--pruning", type=click.Choice(["none", "asha", "median"]), default="none", show_default=True)
+@click.option("--share/--no-share", default=True, help="Train once what trials have in common up to their first cuts.")
+@click.option("--baselines/--no-baselines", default=True, help="Train full size and the best size from scratch too.")
+@_told_plainly
+def tune(
+    config: Path,
+    overrides: tuple[str, ...],
+    space: str,
+    samples: int | None,
+    objectives: tuple[str, ...],
+    search: Literal["tpe", "random", "grid"],
+    pruning: Literal["none", "asha", "median"],
+    share: bool,
+    baselines: bool,
+) -> None:
+    """Search a space of compression schedules for CONFIG: when to cut, and how far.
+
+    Every trial is a training run below the sweep's folder, which is called like the config and the space. The same
+    command continues a sweep that was interrupted. It leaves best.yaml, ready for `rayduce train`, a table of the
+    trials, Pareto fronts, and a report.
+
+    \b
+    Examples:
+      rayduce tune configs/digits_lru.yaml --space timing --samples 16
+      rayduce tune configs/quickstart.yaml --space schedule --samples 32 --objective val_loss --objective states
+      rayduce tune configs/quickstart.yaml --space schedule --samples 64 --pruning asha
+    """
+    from orchestrator.config import load_config
+    from orchestrator.sweep import Request, tune_schedules
+
+    request = Request(space, samples, objectives, search, pruning, share, baselines)
+    tune_schedules(load_config(config, overrides), request)
+
+
+@main.command()
 @click.argument("run")
 @click.option("--prompt", metavar="TEXT", default="", help="What the text begins with; by default a new line.")
 @click.option("--tokens", default=256, show_default=True, help="How many bytes to generate.")
@@ -110,11 +158,16 @@ def generate(run: str, prompt: str, tokens: int, temperature: float, top_k: int 
 @click.argument("run", type=click.Path(path_type=Path))
 @_told_plainly
 def report(run: Path) -> None:
-    """Draw the figures and the HTML page of the run in folder RUN again.
+    """Draw the figures and the HTML page of the run or sweep in folder RUN again.
 
     Everything comes from the run's own files, so this works while it trains and after it was killed. The page,
     RUN/report.html, needs no other file and no network.
     """
+    if (run / "sweep.json").exists():
+        from orchestrator.sweep_report import render
+
+        print(render(run))
+        return
     from orchestrator.report import write_report
 
     print(write_report(run))

@@ -1,0 +1,331 @@
+"""A sweep: Ray Tune searches a space of compression schedules, and every trial is a training run of its own.
+
+A sweep's folder holds its trials' folders, the trunk that they share, and what came out; the same command continues it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import numpy as np
+import ray
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.search.optuna import OptunaSearch
+
+from orchestrator import launch
+from orchestrator.config import RunConfig, flatten, load_config, parse_config
+from orchestrator.crew import Crew
+from orchestrator.data.sources import prepare
+from orchestrator.errors import Interrupted, TrainingError, UserError
+from orchestrator.launch import Lent
+from orchestrator.mlflow_tracker import MlflowTracker, Nesting, mlflow_command, mlflow_tracker, mlflow_uri
+from orchestrator.ray_cluster import ray_cluster
+from orchestrator.run_folder import write_whole
+from orchestrator.space import Point, Space, load_space, optuna_space
+from orchestrator.storage import hold_folder
+from orchestrator.sweep_report import Outcome, best_of, best_so_far, outcomes, statuses, write_sweep_report
+from orchestrator.terminal import Terminal, chatter_to, dims, duration
+from orchestrator.trial import OUTCOME, Sweep, Trial
+from orchestrator.trunk import share_a_trunk, trunk_of
+
+OBJECTIVES = {"val_loss": "min", "val_accuracy": "max", "states": "min", "train_seconds": "min"}
+Search = Literal["tpe", "random", "grid"]
+Pruning = Literal["none", "asha", "median"]
+# A trial is first judged after this share of the training, and every rung lets the best quarter go on.
+GRACE, REDUCTION = 0.25, 4
+SHOW_EVERY_S = 2.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for on the command line, besides the config."""
+
+    space: str
+    samples: int | None
+    objectives: tuple[str, ...]
+    search: Search
+    pruning: Pruning
+    share: bool
+    baselines: bool
+
+
+def tune_schedules(config: RunConfig, request: Request) -> dict[str, Any]:
+    """Run a sweep to its end, or the rest of one that was interrupted; what `sweep.json` holds then.
+
+    Raises:
+        UserError: the space, an objective or a setting is not usable, or the sweep of this name is another one;
+            nothing has been started.
+        TrainingError: no trial came to its end.
+        Interrupted: a signal ended the sweep.
+    """
+    started = time.perf_counter()
+    space, points = check(config, request)
+    folder = config.storage / f"{config.name}-{space.name}"
+    with hold_folder(folder), ExitStack() as stack:
+        # The trials' folders are elsewhere, their MLflow is not.
+        tracked = config.tracking.model_copy(update={"mlflow_uri": mlflow_uri(config)})
+        base = config.model_copy(update={"storage": folder, "tracking": tracked})
+        _refuse_other_sweep(folder, base, request)
+        prepare(config.data, config.data_root)
+        terminal = stack.enter_context(chatter_to(folder / "logs" / "ray.log"))
+        stack.enter_context(ray_cluster(config))
+        tracker = mlflow_tracker(config, folder, terminal.line)
+        if tracker is not None:
+            stack.push(partial(_close, tracker))
+        shared = request.share and share_a_trunk(space, base, points)
+        if request.share and not shared:
+            terminal.line(f"nothing to share: space {space.name} changes the training before the first cut too")
+        sweep = Sweep(base, space, shared, tracker.run_id if tracker is not None else None)
+        total = len(points) if request.search != "tpe" else request.samples
+        assert total is not None
+        terminal.line(
+            f"sweep {folder.name}: {total} trials, {_slots(config)} at a time; {', '.join(request.objectives)}"
+        )
+        _run(sweep, request, points, total, terminal)
+        found = outcomes(folder)
+        if not any(outcome.status == "finished" for outcome in found):
+            raise TrainingError(f"no trial of {folder} came to its end; each one's error is in its {OUTCOME}")
+        objectives = {name: OBJECTIVES[name] for name in request.objectives}
+        best = best_of(found, *next(iter(objectives.items())))
+        write_whole(folder / "best.yaml", _best_config(config, folder, best).to_yaml())
+        baselines = _baselines(sweep, best, terminal) if request.baselines else {}
+        summary = write_sweep_report(folder, objectives, space, config.train.steps, baselines)
+        if tracker is not None:
+            for name in ("sweep.json", "trials.parquet", "best.yaml", "report.html"):
+                tracker.artifact(folder / name)
+            for figure in sorted((folder / "figures").glob("*.png")):
+                tracker.artifact(figure, "figures")
+    print(f"done in {duration(time.perf_counter() - started)}")
+    print("\n".join(_describe(summary, folder)))
+    if config.tracking.mlflow:
+        print(f"  MLflow   {mlflow_command(config)}")
+    return summary
+
+
+def check(config: RunConfig, request: Request) -> tuple[Space, list[Point]]:
+    """Everything that can be known before anything starts; the space, and the points to try if they are known by then.
+
+    Raises:
+        UserError: in one sentence, what cannot be searched.
+    """
+    space = load_space(request.space)
+    for objective in request.objectives:
+        if objective not in OBJECTIVES:
+            raise UserError(f"--objective {objective} must be one of {', '.join(OBJECTIVES)}")
+        if objective == "val_accuracy" and config.seq_len is not None and not hasattr(config.data, "pairs"):
+            raise UserError("--objective val_accuracy is never logged for text; val_loss is")
+    if len(set(request.objectives)) < len(request.objectives):
+        raise UserError(f"--objective {request.objectives[0]} is named twice")
+    if request.pruning != "none" and len(request.objectives) > 1:
+        raise UserError(f"--pruning {request.pruning} goes by one objective, not {len(request.objectives)}")
+    if request.pruning != "none" and request.objectives[0] in ("states", "train_seconds"):
+        raise UserError(f"--pruning {request.pruning} needs val_loss or val_accuracy, not {request.objectives[0]}")
+    if request.search == "grid" and request.samples is not None:
+        raise UserError("--samples is for random and tpe: a grid has as many trials as it has points")
+    if request.search != "grid" and (request.samples is None or request.samples < 1):
+        raise UserError(f"--samples {request.samples} must be 1 or more")
+    space.check(config)
+    if request.search == "grid":
+        return space, space.grid()
+    generator = np.random.default_rng(config.seed)
+    # TPE draws at random until it has something to go by.
+    count = request.samples if request.search == "random" else 0
+    points = [space.random_point(generator) for _ in range(count or 0)]
+    for point in points:
+        space.config(config, point)
+    return space, points
+
+
+def _refuse_other_sweep(folder: Path, base: RunConfig, request: Request) -> None:
+    """Keep what was asked for; what was asked before must have been the same, but for the baselines."""
+    asked = {"config": base.model_dump(mode="json"), "request": asdict(request) | {"baselines": None}}
+    path = folder / "request.json"
+    asked = json.loads(json.dumps(asked))
+    if path.exists():
+        before = json.loads(path.read_text())
+        now, then = dict(flatten(asked)), dict(flatten(before))
+        changed = [key for key in sorted(now.keys() | then.keys()) if now.get(key) != then.get(key)]
+        if changed:
+            words = ", ".join(
+                f"{key.partition('.')[2]} (was {then.get(key)!r}, is {now.get(key)!r})" for key in changed
+            )
+            raise UserError(
+                f"sweep {folder} cannot continue with another value of {words}; another name= starts a new one"
+            )
+    write_whole(path, json.dumps(asked, indent=1) + "\n")
+
+
+def _slots(config: RunConfig) -> int:
+    """Trials that fit into the cluster at a time; Ray Tune does not count their workers."""
+    has = ray.cluster_resources()
+    per_trial = {"CPU": config.cluster.workers.min * config.cluster.cpus_per_worker}
+    if config.cluster.use_gpu:
+        per_trial["GPU"] = config.cluster.workers.min
+    return max(1, min(int(has.get(kind, 0) // need) for kind, need in per_trial.items()))
+
+
+def _run(sweep: Sweep, request: Request, points: Sequence[Point], total: int, terminal: Terminal) -> None:
+    """All trials that have not ended yet, under Ray Tune.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM; trials that were running have left a checkpoint.
+    """
+    folder = sweep.base.storage
+    # A trial's workers reserve what they need. It takes no core itself, but Ray Tune will not have it take nothing.
+    resources = tune.PlacementGroupFactory([{"CPU": 0, "memory": 1}])
+    trainable = tune.with_resources(tune.with_parameters(Trial, sweep=sweep), resources)
+    experiment = folder / "tune"
+    if tune.Tuner.can_restore(str(experiment)):
+        terminal.line("continuing the sweep: trials that have ended are not repeated")
+        tuner = tune.Tuner.restore(str(experiment), trainable=trainable)
+    else:
+        searcher = OptunaSearch(
+            space=optuna_space(sweep.space),
+            metric=list(request.objectives),
+            mode=[OBJECTIVES[objective] for objective in request.objectives],
+            points_to_evaluate=list(points) or None,
+            seed=sweep.base.seed,
+        )
+        tune_config = tune.TuneConfig(
+            search_alg=searcher,
+            scheduler=_scheduler(sweep.base, request),
+            num_samples=total,
+            max_concurrent_trials=_slots(sweep.base),
+            reuse_actors=True,
+        )
+        # A run keeps its own checkpoints.
+        none = tune.CheckpointConfig(checkpoint_at_end=False)
+        run_config = tune.RunConfig(name=experiment.name, storage_path=str(folder), checkpoint_config=none)
+        tuner = tune.Tuner(trainable, tune_config=tune_config, run_config=run_config)
+    with _sigterm_as_sigint() as terminated, _shown(folder, total, request.objectives[0], terminal):
+        trials = tuner.fit()._experiment_analysis.trials
+    if len(trials) < total or not all(trial.is_finished() for trial in trials):
+        number = signal.SIGTERM if terminated else signal.SIGINT
+        raise Interrupted(f"sweep {folder.name} stopped; the same command continues it", number)
+
+
+@contextmanager
+def _sigterm_as_sigint() -> Iterator[list[int]]:
+    """Ray Tune ends in good order at SIGINT alone; the list tells afterwards whether SIGTERM came."""
+    came: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    before = signal.signal(signal.SIGTERM, receive)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _shown(folder: Path, total: int, objective: str, terminal: Terminal) -> Iterator[None]:
+    """For the duration of the block, keep a line that says how far the trials are."""
+    ended, started = threading.Event(), time.monotonic()
+    before = len([status for status in statuses(folder) if status != "running"])
+
+    def show() -> None:
+        while not ended.wait(SHOW_EVERY_S):
+            found = Counter(statuses(folder))
+            now = total_ended = sum(count for status, count in found.items() if status != "running")
+            parts = [
+                f"{found[status]} {status}" for status in ("finished", "pruned", "failed", "running") if found[status]
+            ]
+            best = best_so_far(folder, objective, OBJECTIVES[objective])
+            parts += [f"best {objective} {best[1]:.4g} ({best[0]})"] if best else []
+            if now > before:
+                per_trial = (time.monotonic() - started) / (total_ended - before)
+                parts.append(f"ETA {duration(per_trial * (total - total_ended))}")
+            terminal.progress(f"{total_ended} of {total} trials: " + ", ".join(parts))
+
+    thread = threading.Thread(target=show, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        terminal.finish()
+
+
+def _scheduler(base: RunConfig, request: Request) -> TrialScheduler:
+    if request.pruning == "none":
+        return FIFOScheduler()
+    metric, grace = request.objectives[0], max(1, int(GRACE * base.train.steps))
+    which: dict[str, Any] = {"time_attr": "step", "metric": metric, "mode": OBJECTIVES[metric]}
+    if request.pruning == "asha":
+        return ASHAScheduler(
+            # One rung: at the last step there is nothing left to stop.
+            max_t=max(grace, base.train.steps - 1),
+            grace_period=grace,
+            reduction_factor=REDUCTION,
+            stop_last_trials=False,
+            **which,
+        )
+    return MedianStoppingRule(grace_period=grace, **which)
+
+
+def _close(tracker: MlflowTracker, kind: type[BaseException] | None, *_: object) -> None:
+    """The sweep's own run in MLflow ends as the sweep does."""
+    failed = "KILLED" if kind is not None and issubclass(kind, KeyboardInterrupt) else "FAILED"
+    tracker.close("FINISHED" if kind is None else failed)
+
+
+def _best_config(config: RunConfig, folder: Path, best: Outcome) -> RunConfig:
+    """The best trial's config as a run of its own, beside the sweep."""
+    found = load_config(folder / best.trial / "config.yaml")
+    own = {"name": f"{folder.name}-best", "storage": config.storage, "tracking": config.tracking}
+    return found.model_copy(update=own)
+
+
+def _baselines(sweep: Sweep, best: Outcome, terminal: Terminal) -> dict[str, dict[str, Any]]:
+    """Summaries of what a schedule is compared with: full size to the end, and the best trial's size from scratch."""
+    base = sweep.base
+    full = trunk_of(base)
+    raw = full.model_dump(mode="json")
+    scratch = parse_config(raw | {"name": "scratch", "model": raw["model"] | {"d_state": best.final_dims}})
+    summaries = {}
+    log = base.storage / "logs" / "ray.log"
+    with Crew(base.cluster, base.storage / "ray_train", log) as crew:
+        for config, what in ((full, "full size"), (scratch, f"{dims(best.final_dims)} from scratch")):
+            terminal.line(f"baseline: {what}")
+            nesting = Nesting(sweep.parent_run_id, {"trial": config.name})
+            summaries[what] = launch.train(config, Lent(crew, nesting=nesting))
+    return summaries
+
+
+def _describe(summary: dict[str, Any], folder: Path) -> list[str]:
+    best = summary["best"]
+    point = ", ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in best["point"].items()
+    )
+    goals = ", ".join(f"{name} {best[name]:.4g}" for name in summary["objectives"])
+    lines = [f"  best     {best['trial']}: {point}; {goals}; states {dims(best['final_dims'])}"]
+    lines += [
+        f"  {what:<8} val_loss {found['val_loss']:.4g}, {found['train_seconds']:.0f} s"
+        for what, found in summary["baselines"].items()
+    ]
+    lines += [f"  failed   {row['trial']}: {row['error']}" for row in summary["trials"] if row["status"] == "failed"]
+    trained, naive = summary["steps_trained"], summary["steps_naive"]
+    lines.append(f"  steps    {trained} trained, {naive} without sharing ({summary['share']:.2f})")
+    lines.append(f"  files    {folder} (report.html, best.yaml, trials.parquet, sweep.json, figures)")
+    return lines

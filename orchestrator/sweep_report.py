@@ -1,0 +1,238 @@
+"""What a sweep has come to: a table of its trials, the Pareto fronts, what mattered, and one HTML page.
+
+Everything is read back from the trials' folders, so a page can be made while the sweep runs and after it was killed.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pyarrow as pa
+import pyarrow.parquet as pq
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
+from orchestrator.errors import UserError
+from orchestrator.report import BLUE, GREY, PALETTE, TEMPLATES, VERMILION
+from orchestrator.run_folder import Json, read_metrics, write_whole
+from orchestrator.space import Space, optuna_space
+from orchestrator.trial import OUTCOME, POINT, final, measured
+
+SUMMARY = "sweep.json"
+FEWEST = 4  # trials from which importances say anything
+CAPTIONS = {
+    "pareto_train_seconds": "Held-out loss against the time spent in training. The line joins the trials that no other "
+    "beats in both.",
+    "pareto_states": "Held-out loss against the states that are left, of all layers together.",
+    "importance": "Share of each knob in what tells the best trials from the others (PED-ANOVA).",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One trial: where it was tried, how it ended, and what it measured last."""
+
+    trial: str
+    point: dict[str, Any]
+    status: str
+    error: str | None
+    objectives: dict[str, float]
+    first_cut: int | None
+    trunk_step: int
+    """After which it begins; 0 where it shares nothing."""
+    last_step: int
+    final_dims: list[int]
+
+    def row(self) -> Json:
+        """For the table: every knob, every objective."""
+        told = {"trial": self.trial, "status": self.status, "error": self.error}
+        steps = {"first_cut": self.first_cut, "trunk_step": self.trunk_step, "last_step": self.last_step}
+        return told | self.point | self.objectives | steps | {"final_dims": self.final_dims}
+
+
+def statuses(folder: Path) -> list[str]:
+    """Of every trial that has begun: finished, pruned, failed or running."""
+    return [_status(trial)[0] for trial in _trials(folder)]
+
+
+def outcomes(folder: Path) -> list[Outcome]:
+    """All trials of a sweep, in their order."""
+    return [_outcome(trial) for trial in _trials(folder)]
+
+
+def best_so_far(folder: Path, objective: str, mode: str) -> tuple[str, float] | None:
+    """The finished trial that is best in one objective, and its value there."""
+    found = [outcome for outcome in outcomes(folder) if outcome.status == "finished"]
+    if not found:
+        return None
+    best = best_of(found, objective, mode)
+    return best.trial, best.objectives[objective]
+
+
+def best_of(found: Sequence[Outcome], objective: str, mode: str) -> Outcome:
+    """The finished trial that is best in one objective."""
+    sign = 1 if mode == "min" else -1
+    return min((o for o in found if o.status == "finished"), key=lambda o: sign * o.objectives[objective])
+
+
+def pareto(found: Sequence[Outcome], x: str, y: str) -> list[Outcome]:
+    """The finished trials that no other one beats in both, by `x`; less is better."""
+    front: list[Outcome] = []
+    finished = [o for o in found if o.status == "finished"]
+    for outcome in sorted(finished, key=lambda o: (o.objectives[x], o.objectives[y])):
+        if not front or outcome.objectives[y] < front[-1].objectives[y]:
+            front.append(outcome)
+    return front
+
+
+def write_sweep_report(
+    folder: Path,
+    objectives: Mapping[str, str],
+    space: Space,
+    steps: int,
+    baselines: Mapping[str, Json],
+) -> Json:
+    """Write `trials.parquet`, the figures, `sweep.json` and `report.html`; what `sweep.json` holds.
+
+    `objectives` are those of the search with their modes, the first one choosing the best; `steps` are a run's;
+    `baselines` are summaries of runs to compare with.
+    """
+    found = outcomes(folder)
+    name, mode = next(iter(objectives.items()))
+    best = best_of(found, name, mode)
+    trunk = max((o.trunk_step for o in found), default=0)
+    trained = trunk + sum(o.last_step - o.trunk_step for o in found)
+    summary: Json = {
+        "name": folder.name,
+        "space": space.name,
+        "objectives": list(objectives),
+        "best": {"trial": best.trial, "point": best.point, "final_dims": best.final_dims} | best.objectives,
+        "trials": [outcome.row() for outcome in found],
+        "front": [outcome.trial for outcome in pareto(found, "train_seconds", "val_loss")],
+        "baselines": {what: final(run) | {"final_dims": run["final_dims"]} for what, run in baselines.items()},
+        "importance": importance(found, name, mode, space),
+        "steps_trained": trained,
+        "steps_naive": steps * len(found),
+        "share": trained / (steps * len(found)),
+    }
+    write_whole(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    pq.write_table(pa.Table.from_pylist(summary["trials"]), folder / "trials.parquet")
+    render(folder)
+    return summary
+
+
+def render(folder: Path) -> Path:
+    """Draw the figures and the page again from `sweep.json`; the page's path.
+
+    Raises:
+        UserError: the folder is not one of a sweep that has ended.
+    """
+    path = folder / SUMMARY
+    if not path.exists():
+        raise UserError(f"{folder} has no {SUMMARY}: expected the folder of a sweep that has ended")
+    summary = json.loads(path.read_text())
+    figures = {
+        "pareto_train_seconds": _pareto(summary, folder, "train_seconds", "seconds of training"),
+        "pareto_states": _pareto(summary, folder, "states", "states in all layers"),
+    }
+    if summary["importance"]:
+        figures["importance"] = _importance(summary["importance"])
+    (folder / "figures").mkdir(exist_ok=True)
+    shown = []
+    for name, figure in figures.items():
+        image = folder / "figures" / f"{name}.png"
+        FigureCanvasAgg(figure).print_png(image)
+        shown.append((CAPTIONS[name], base64.b64encode(image.read_bytes()).decode()))
+    html = TEMPLATES.get_template("sweep.html.j2").render(sweep=summary, figures=shown)
+    (folder / "report.html").write_text(html, encoding="utf-8")
+    return folder / "report.html"
+
+
+def importance(found: Sequence[Outcome], objective: str, mode: str, space: Space) -> dict[str, float]:
+    """The share of each knob in an objective; nothing where the trials are too few."""
+    finished = [outcome for outcome in found if outcome.status == "finished"]
+    if len(finished) < FEWEST or len(space.knobs) < 2:
+        return {}
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(direction="minimize" if mode == "min" else "maximize")
+    distributions = optuna_space(space)
+    for outcome in finished:
+        value = outcome.objectives[objective]
+        study.add_trial(optuna.trial.create_trial(params=outcome.point, distributions=distributions, value=value))
+    return dict(get_param_importances(study, evaluator=PedAnovaImportanceEvaluator()))
+
+
+def _trials(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("trial-*") if (path / POINT).exists())
+
+
+def _status(trial: Path) -> tuple[str, str | None]:
+    path = trial / OUTCOME
+    if not path.exists():
+        return "running", None
+    found = json.loads(path.read_text())
+    return found["status"], found["error"]
+
+
+def _outcome(trial: Path) -> Outcome:
+    status, error = _status(trial)
+    point = json.loads((trial / POINT).read_text())["point"]
+    branch = trial / "branch.json"
+    trunk_step = int(json.loads(branch.read_text())["step"]) if branch.exists() else 0
+    rows = read_metrics(trial) if (trial / "metrics.jsonl").exists() else []
+    last_step = max((row["step"] for row in rows if "train_loss" in row), default=trunk_step)
+    if status == "finished":
+        summary = json.loads((trial / "summary.json").read_text())
+        cuts = [cut["step"] for cut in summary["truncations"] if not cut["rolled_back"]]
+        first = min(cuts, default=None)
+        return Outcome(
+            trial.name, point, status, None, final(summary), first, trunk_step, last_step, summary["final_dims"]
+        )
+    held_out = [row for row in rows if "val_loss" in row]
+    objectives = measured(trial, held_out[-1]) if held_out else {}
+    return Outcome(trial.name, point, status, error, objectives, None, trunk_step, last_step, [])
+
+
+def _pareto(summary: Json, folder: Path, x: str, label: str) -> Figure:
+    figure = Figure(figsize=(9, 4.6), dpi=200, layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    axes.set_xlabel(label)
+    axes.set_ylabel("held-out loss")
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    found = outcomes(folder)
+    for status, colour, filled in (("finished", BLUE, True), ("pruned", GREY, False)):
+        points = [o.objectives for o in found if o.status == status and {x, "val_loss"} <= o.objectives.keys()]
+        face = colour if filled else "none"
+        _scatter(axes, points, x, status, color=colour, marker="o", facecolors=face)
+    front = [o.objectives for o in pareto(found, x, "val_loss")]
+    axes.plot([o[x] for o in front], [o["val_loss"] for o in front], color=BLUE, linewidth=1, zorder=1)
+    for (what, baseline), colour, marker in zip(
+        summary["baselines"].items(), (VERMILION, PALETTE[2]), "s^", strict=False
+    ):
+        _scatter(axes, [baseline], x, what, color=colour, marker=marker, s=70)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _scatter(axes: Axes, points: Sequence[Mapping[str, float]], x: str, label: str, **style: Any) -> None:
+    if points:
+        axes.scatter([p[x] for p in points], [p["val_loss"] for p in points], label=label, zorder=2, **style)
+
+
+def _importance(shares: Mapping[str, float]) -> Figure:
+    figure = Figure(figsize=(9, 0.8 + 0.4 * len(shares)), dpi=200, layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    names = list(shares)[::-1]
+    axes.barh(names, [shares[name] for name in names], color=BLUE)
+    axes.set_xlabel("share of importance")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure

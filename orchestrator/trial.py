@@ -1,0 +1,148 @@
+"""One trial of a sweep, as Ray Tune runs it: a driver that keeps its crew of workers for the next one."""
+
+from __future__ import annotations
+
+import json
+import queue
+import signal
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from orchestrator import launch
+from orchestrator.config import RunConfig
+from orchestrator.crew import Crew
+from orchestrator.errors import Interrupted
+from orchestrator.failures import in_a_line
+from orchestrator.launch import Lent
+from orchestrator.mlflow_tracker import Nesting
+from orchestrator.run_folder import read_metrics, write_whole
+from orchestrator.signals import StopRequest
+from orchestrator.space import Space
+from orchestrator.trunk import branch
+
+POINT, OUTCOME = "point.json", "outcome.json"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What all trials have in common. `base.storage` is the sweep's folder."""
+
+    base: RunConfig
+    space: Space
+    shared: bool
+    parent_run_id: str | None
+
+
+class Progress:
+    """The tracker that tells Ray Tune of every evaluation: `step`, held-out metrics, states, seconds of training."""
+
+    def __init__(self, folder: Path, results: queue.Queue[Any]) -> None:
+        self._folder = folder
+        self._results = results
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if "val_loss" in metrics:
+            self._results.put({"step": step} | measured(self._folder, metrics))
+
+    def artifact(self, path: Path, folder: str = "") -> None: ...
+
+    def close(self, status: str) -> None: ...
+
+
+def measured(folder: Path, metrics: Mapping[str, float]) -> dict[str, float]:
+    """The objectives of a run, as far as it has come."""
+    found = {key: value for key, value in metrics.items() if key in ("val_loss", "val_accuracy")}
+    found["states"] = sum(value for key, value in metrics.items() if key.startswith("d_state_"))
+    found["train_seconds"] = sum(row.get("step_ms", 0.0) for row in read_metrics(folder)) / 1000
+    return found
+
+
+class Trial(tune.Trainable):  # type: ignore[misc]
+    """Trains in a thread; `step` waits for the next evaluation. A trial that is stopped ends with a checkpoint."""
+
+    def setup(self, config: dict[str, Any], sweep: Sweep) -> None:
+        self._sweep = sweep
+        base = sweep.base
+        self._crew = Crew(base.cluster, base.storage / "ray_train", base.storage / "logs" / "ray.log")
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._end()
+        self._begin(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        result = self._results.get()
+        if isinstance(result, BaseException):
+            raise result
+        return result  # type: ignore[no-any-return]
+
+    def cleanup(self) -> None:
+        self._end()
+        self._crew.close(orderly=True)
+
+    def _begin(self, point: dict[str, Any]) -> None:
+        self._results: queue.Queue[Any] = queue.Queue()
+        self._stop = StopRequest()
+        folder = _trial_folder(self._sweep.base.storage, self.trial_id, point)
+        self._thread = threading.Thread(target=self._run, args=(folder, dict(point)), name="trial", daemon=True)
+        self._thread.start()
+
+    def _end(self) -> None:
+        self._stop.signal = signal.SIGTERM
+        self._thread.join()
+
+    def _run(self, folder: Path, point: dict[str, Any]) -> None:
+        sweep = self._sweep
+        base = sweep.base.model_copy(update={"name": folder.name})
+        (folder / OUTCOME).unlink(missing_ok=True)
+        try:
+            config = sweep.space.config(base, point)
+            progress = Progress(folder, self._results)
+            tags = {"trial": base.name}
+            if sweep.shared:
+                trunk = Lent(self._crew, self._stop, Nesting(sweep.parent_run_id, {"trial": "trunk"}))
+                tags["trunk_step"] = str(branch(config, trunk))
+            summary = launch.train(config, Lent(self._crew, self._stop, Nesting(sweep.parent_run_id, tags), progress))
+            _conclude(folder, "finished")
+            self._results.put(final(summary) | {"step": summary["steps"], "done": True})
+        except Interrupted as error:
+            _conclude(folder, "pruned")
+            self._results.put(error)
+        except Exception as error:  # noqa: BLE001 -- raised where Ray Tune waits for the next result
+            _conclude(folder, "failed", in_a_line(error))
+            self._results.put(error)
+
+
+def _trial_folder(sweep: Path, trial_id: str, point: Mapping[str, Any]) -> Path:
+    """The folder of a trial, numbered in the order of their beginnings; after an interruption the one it had."""
+    for path in sweep.glob(f"trial-*/{POINT}"):
+        if json.loads(path.read_text())["trial_id"] == trial_id:
+            return path.parent
+    number = len(list(sweep.glob("trial-*")))
+    while True:
+        folder = sweep / f"trial-{number:05d}"
+        try:
+            folder.mkdir()
+        except FileExistsError:  # another trial has begun at the same time
+            number += 1
+            continue
+        write_whole(folder / POINT, json.dumps({"trial_id": trial_id, "point": point}) + "\n")
+        return folder
+
+
+def _conclude(folder: Path, status: str, error: str | None = None) -> None:
+    """Leave in a trial's folder how it has ended. One that was stopped with its sweep goes on with it."""
+    write_whole(folder / OUTCOME, json.dumps({"status": status, "error": error}) + "\n")
+
+
+def final(summary: Mapping[str, Any]) -> dict[str, float]:
+    """The objectives of a run that has ended."""
+    found = {"val_loss": summary["val_loss_final"], "val_accuracy": summary["val_accuracy_final"]}
+    found |= {"states": sum(summary["final_dims"]), "train_seconds": summary["train_seconds"]}
+    return {key: value for key, value in found.items() if value is not None}

@@ -1,0 +1,93 @@
+"""What the trials of a sweep share: the full-size training up to their first cuts, trained once.
+
+A trial that differs from the others only from its first probe on begins with the trunk's last checkpoint before it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from orchestrator import checkpoint, launch
+from orchestrator.checkpoint import MANIFEST
+from orchestrator.config import CheckpointsConfig, RunConfig
+from orchestrator.filesystem import Folder
+from orchestrator.launch import Lent
+from orchestrator.run_folder import read_metrics, write_whole
+from orchestrator.space import Point, Space
+from orchestrator.storage import checkpoints_of
+
+NAME = "trunk"
+# A trial begins at most this share of the training before its first cut.
+SPACING = 0.01
+
+
+def trunk_of(trial: RunConfig) -> RunConfig:
+    """The same run without truncation, which keeps many checkpoints."""
+    every = max(1, int(SPACING * trial.train.steps))
+    storage = trial.checkpoints.storage
+    return trial.model_copy(
+        update={
+            "name": NAME,
+            "truncation": None,
+            "train": trial.train.model_copy(update={"checkpoint_every": every}),
+            "checkpoints": CheckpointsConfig(storage=storage, keep_last=trial.train.steps, keep_best=0),
+        }
+    )
+
+
+def share_a_trunk(space: Space, base: RunConfig, points: Sequence[Point]) -> bool:
+    """Whether trials differ only from their first cut on, as far as these points and the space's ends tell."""
+    ends = ({name: values[end] for name, values in space.ends().items()} for end in (0, -1))
+    trunks = [trunk_of(space.config(base, point)) for point in (*points, *ends)]
+    return all(trunk == trunks[0] for trunk in trunks)
+
+
+def branch(trial: RunConfig, lent: Lent) -> int:
+    """Give a trial its beginning, for which the trunk is trained as far as that needs; the step that it begins after.
+
+    A trial that has a checkpoint of its own goes on from there. Waits while another trial extends the trunk.
+    """
+    folder = trial.storage / trial.name
+    own = checkpoints_of(folder, trial.checkpoints.storage)
+    note = folder / "branch.json"
+    if checkpoint.newest(own) is not None:
+        return int(json.loads(note.read_text())["step"]) if note.exists() else 0
+    before = trial.probe_steps[0] - 1
+    if before < 1:
+        return 0
+    config = trunk_of(trial)
+    with _alone(config.storage):
+        launch.train(config, replace(lent, until=before))
+        trunk = checkpoints_of(config.storage / NAME, config.checkpoints.storage)
+        complete = [step for step in checkpoint.steps(trunk) if checkpoint.at(trunk, step).has(MANIFEST)]
+        step = max(step for step in complete if step <= before)
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [row for row in read_metrics(config.storage / NAME) if row["step"] <= step]
+        write_whole(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_whole(note, json.dumps({"step": step}) + "\n")
+        graft(checkpoint.at(trunk, step), checkpoint.at(own, step), trial)
+    return step
+
+
+def graft(source: Folder, target: Folder, config: RunConfig) -> None:
+    """Copy a checkpoint that becomes one of another run, which continues from there with its own config."""
+    manifest = checkpoint.verify(source)
+    for shard in manifest.shards:
+        content = source.read(shard.file)
+        assert content is not None, "it has just been verified"
+        target.write(shard.file, content)
+    manifest = manifest.model_copy(update={"config": config.model_dump(mode="json")}).completed(manifest.shards)
+    target.write(MANIFEST, manifest.model_dump_json(indent=1).encode())
+
+
+@contextmanager
+def _alone(sweep: Path) -> Iterator[None]:
+    """For the duration of the block nobody else of this sweep extends the trunk."""
+    with (sweep / "trunk.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

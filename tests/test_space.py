@@ -1,0 +1,124 @@
+"""Spaces: what ships fits the shipped configs, and what cannot be searched is refused before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from optuna.distributions import BaseDistribution
+
+from orchestrator.config import RunConfig, load_config, parse_config
+from orchestrator.errors import UserError
+from orchestrator.space import Space, load_space, names, optuna_space
+from orchestrator.sweep import Request, check
+from orchestrator.trunk import share_a_trunk, trunk_of
+from tune_spaces.knobs import Choice, Float, Integer
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+@pytest.fixture
+def base(small_run: dict[str, Any]) -> RunConfig:
+    small_run["train"]["steps"] = 200
+    return parse_config(small_run)
+
+
+def request_of(space: str, **changes: Any) -> Request:
+    asked = {"samples": 3, "objectives": ("val_loss",), "search": "random", "pruning": "none"}
+    return Request(space, share=True, baselines=False, **(asked | changes))
+
+
+@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("config", ["quickstart", "digits_lru", "recall"])
+def test_shipped_spaces_fit_the_shipped_configs(name: str, config: str) -> None:
+    space = load_space(name)
+    base = load_config(CONFIGS / f"{config}.yaml")
+    space.check(base)
+    assert all(knob.doc for knob in space.knobs.values())
+    assert share_a_trunk(space, base, [])
+
+
+@pytest.mark.parametrize("name", names())
+def test_points_lie_in_their_ranges_and_follow_the_seed(name: str) -> None:
+    space = load_space(name)
+    distributions: dict[str, BaseDistribution] = optuna_space(space)
+    draws = [[space.random_point(np.random.default_rng(seed)) for _ in range(20)] for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+    for point in [*draws[0], *space.grid()]:
+        for knob, value in point.items():
+            assert distributions[knob]._contains(distributions[knob].to_internal_repr(value)), (knob, value)
+
+
+def test_a_logarithmic_range_draws_every_ratio_as_often() -> None:
+    space = Space("one", {"x": Float(0.01, 100.0, "Anything.", log=True)}, lambda x: {})
+    generator = np.random.default_rng(0)
+    logs = np.log10([space.random_point(generator)["x"] for _ in range(2000)])
+    assert abs(logs.mean()) < 0.1
+    assert abs((np.abs(logs) < 1).mean() - 0.5) < 0.05
+
+
+def test_a_point_becomes_the_run_that_it_stands_for(base: RunConfig) -> None:
+    config = load_space("schedule").config(base, {"start": 0.1, "length": 0.05, "events": 2, "dim": 3})
+    assert config.probe_steps == (25, 30)  # the config's own steps give way to the window
+    assert config.truncation is not None
+    assert config.truncation.target.dim == 3
+    trunk = trunk_of(config)
+    assert trunk.truncation is None
+    assert trunk.model_copy(update={"name": "", "truncation": config.truncation}).train.lr == config.train.lr
+
+
+SPACE = "from tune_spaces.knobs import Choice, Float, Integer\nKNOBS = {knobs}\ndef settings({takes}): return {gives}\n"
+BROKEN = [
+    ("{'a': Float(0.1, 0.4, 'x')}", "a", "{'truncation.windw': {'end': a}}", "did you mean window"),
+    ("{'a': Float(0.1, 0.1, 'x')}", "a", "{}", "empty range: low 0.1 must be less than high 0.1"),
+    ("{'a': Float(0, 1, 'x', log=True)}", "a", "{}", "low 0 must be more than 0"),
+    ("{'a': Choice((), 'x')}", "a", "{}", "no values to choose from"),
+    ("{'a': 3}", "a", "{}", "must be a Float, an Integer or a Choice"),
+    ("{}", "", "{}", "KNOBS, a dict that is not empty"),
+    ("{'a': Choice((1,), 'x')}", "b", "{}", r"settings\(\) takes b, but KNOBS has a"),
+    ("{'a': Choice((1, 99), 'x')}", "a", "{'truncation.target': {'dim': a}}", "mine at a=99: .*model.d_state 16"),
+    ("{'a': Choice((1, 2), 'x')}", "a", "{'cluster.workers': a}", "cluster must be the same"),
+    ("nothing_of_this_name", "a", "{}", "cannot be loaded: NameError"),
+]
+
+
+@pytest.mark.parametrize(("knobs", "takes", "gives", "sentence"), BROKEN)
+def test_a_broken_space_is_refused_in_one_sentence(
+    knobs: str, takes: str, gives: str, sentence: str, base: RunConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(SPACE.format(knobs=knobs, takes=takes, gives=gives))
+    with pytest.raises(UserError, match=sentence) as refused:
+        check(base, request_of(str(tmp_path / "mine.py")))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"space": "tming"}, "space 'tming' must be one of after, .*timing, .*or the path"),
+        ({"samples": 0}, "--samples 0 must be 1 or more"),
+        ({"samples": None}, "--samples None must be 1 or more"),
+        ({"search": "grid"}, "--samples is for random and tpe"),
+        ({"objectives": ("loss",)}, "--objective loss must be one of val_loss"),
+        ({"objectives": ("val_accuracy",)}, "val_accuracy is never logged for text"),
+        ({"objectives": ("states", "states")}, "states is named twice"),
+        ({"objectives": ("val_loss", "states"), "pruning": "asha"}, "asha goes by one objective, not 2"),
+        ({"objectives": ("states",), "pruning": "median"}, "median needs val_loss or val_accuracy, not states"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_in_one_sentence(
+    changes: dict[str, Any], sentence: str, base: RunConfig
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        check(base, request_of(**({"space": "timing"} | changes)))
+
+
+def test_trials_that_differ_from_the_start_share_nothing(base: RunConfig) -> None:
+    rate = Space("rate", {"lr": Float(0.001, 0.1, "Learning rate.")}, lambda lr: {"train.lr": lr})
+    assert not share_a_trunk(rate, base, [])
+    assert share_a_trunk(
+        Space("dim", {"dim": Integer(1, 8, "States.")}, lambda dim: {"truncation.target": {"dim": dim}}), base, []
+    )
+    assert share_a_trunk(Space("one", {"x": Choice((1,), "Nothing.")}, lambda x: {}), base, [])

@@ -1,0 +1,113 @@
+"""A whole sweep: killed halfway, continued, and every trial as if it had been trained alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from orchestrator.config import load_config
+from orchestrator.sweep_report import Outcome, outcomes, pareto
+from tests.runs import losses, saved, start, train, wait_until
+
+TRIALS = 3
+
+
+def outcome(loss: float, seconds: float, status: str = "finished") -> Outcome:
+    objectives = {"val_loss": loss, "train_seconds": seconds}
+    return Outcome(f"{loss}-{seconds}", {}, status, None, objectives, None, 0, 1, [])
+
+
+def test_the_front_is_what_no_other_trial_beats_in_both() -> None:
+    points = torch.rand(40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
+    found = [outcome(*point) for point in points] + [outcome(0.0, 0.0, "pruned")]
+    front = {
+        (o.objectives["val_loss"], o.objectives["train_seconds"]) for o in pareto(found, "train_seconds", "val_loss")
+    }
+    beaten = {(a, b) for a, b in points if any(c <= a and d <= b and (c, d) != (a, b) for c, d in points)}
+    assert front == {tuple(point) for point in points} - beaten
+
+
+def tuned(raw: dict[str, Any], *options: str) -> Any:
+    return start(raw, *options, command="tune")
+
+
+@pytest.mark.cluster
+def test_a_sweep_that_was_killed_is_continued_and_equals_runs_of_their_own(
+    small_run: dict[str, Any], local_ray: None
+) -> None:
+    small_run["train"] |= {"steps": 24, "eval_every": 8}
+    small_run["truncation"] = {"target": {"dim": 4}, "steps": [20]}
+    small_run["tracking"] = {"mlflow": True, "mlflow_uri": f"sqlite:///{small_run['storage']}/mlflow.db"}
+    options = ["--space", "timing", "--search", "random", "--samples", str(TRIALS)]
+    folder = Path(small_run["storage"]) / "small-timing"
+
+    first = tuned(small_run, *options)
+    done = folder / "trial-00000" / "outcome.json"
+    wait_until(lambda: done.exists() or first.poll() is not None, "the first trial ends")
+    assert first.poll() is None, first.communicate()
+    first.kill()
+    first.communicate()
+    finished = (folder / "trial-00000" / "summary.json").stat().st_mtime_ns
+
+    again = tuned(small_run, *options)
+    output, errors = again.communicate(timeout=500)
+    assert again.returncode == 0, output + errors
+    assert (folder / "trial-00000" / "summary.json").stat().st_mtime_ns == finished  # not trained again
+    found = outcomes(folder)
+    assert [trial.status for trial in found] == ["finished"] * TRIALS
+    _check_results(folder, found, output)
+    _check_mlflow(small_run, folder)
+
+    trial = max(found, key=lambda trial: trial.trunk_step)
+    assert trial.trunk_step > 0
+    config = load_config(folder / trial.trial / "config.yaml")
+    alone = config.model_copy(update={"name": "alone", "storage": folder.parent})
+    train(alone)
+    shared, whole = folder / trial.trial, folder.parent / "alone"
+    assert losses(shared) == losses(whole)  # the trunk's steps among them
+    state, expected = saved(shared, 24), saved(whole, 24)
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
+
+
+def _check_results(folder: Path, found: Sequence[Outcome], output: str) -> None:
+    summary = json.loads((folder / "sweep.json").read_text())
+    best = min(found, key=lambda trial: trial.objectives["val_loss"])
+    assert summary["best"]["trial"] == best.trial
+    assert best.trial in output
+    assert str(folder) in output
+    rows = pq.read_table(folder / "trials.parquet").to_pylist()
+    assert [row["at"] for row in rows] == [trial.point["at"] for trial in found]
+    assert all(0.05 <= row["at"] <= 0.4 for row in rows)
+    # One trunk and the remainders, but for what lies between a checkpoint of the trunk and a first cut.
+    bound = max(trial.first_cut or 0 for trial in found) + sum(24 - (trial.first_cut or 0) for trial in found)
+    assert summary["steps_trained"] <= bound + 2 * TRIALS
+    assert load_config(folder / "best.yaml").probe_steps == (best.first_cut,)
+    assert set(summary["baselines"]) == {"full size", "4 x 2 layers from scratch"}
+    assert "data:image/png;base64," in (folder / "report.html").read_text()
+
+
+def _check_mlflow(raw: dict[str, Any], folder: Path) -> None:
+    client = mlflow.MlflowClient(raw["tracking"]["mlflow_uri"])
+    experiment = client.get_experiment_by_name("rayduce")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    [parent] = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert parent.data.tags["mlflow.runName"] == folder.name
+    assert {artifact.path for artifact in client.list_artifacts(parent.info.run_id)} >= {"best.yaml", "report.html"}
+    children = {run.data.tags["trial"]: run for run in runs if run is not parent}
+    assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id for run in children.values())
+    assert set(children) == {"trunk", "scratch", *(f"trial-{number:05d}" for number in range(TRIALS))}
+    for name, run in children.items():
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["status"] == "finished"
+        if name.startswith("trial-"):
+            assert int(run.data.tags["trunk_step"]) >= 0
+            assert "val_loss" in run.data.metrics
+            assert float(run.data.params["truncation.window.end"]) > 0
