@@ -285,7 +285,7 @@ class RunConfig(_Part):
                 f"truncation.compensate needs the linear output projection of model.kind mamba, not {model.kind}"
             )
         metric = truncation.guard.metric if truncation.guard else "val_loss"
-        if metric == "val_accuracy" and isinstance(self.data, StdlibText | TextFiles):
+        if metric == "val_accuracy" and not self.has_accuracy:
             raise ValueError("truncation.guard.metric val_accuracy needs a task with labels; here it must be val_loss")
 
     def _check_target(self, target: Target) -> None:
@@ -327,6 +327,11 @@ class RunConfig(_Part):
         """Whether a cut combines states; else it chooses among them."""
         model = self.model
         return model.kind == "lru" or (isinstance(model, Mamba2Config) and model.basis == "rotated")
+
+    @property
+    def has_accuracy(self) -> bool:
+        """Whether held-out accuracy is measured: for all but text, which has no right answers."""
+        return not isinstance(self.data, StdlibText | TextFiles)
 
     @property
     def seq_len(self) -> int | None:

@@ -75,9 +75,7 @@ def tune_schedules(config: RunConfig, request: Request) -> dict[str, Any]:
     space, points = check(config, request)
     folder = config.storage / f"{config.name}-{space.name}"
     with hold_folder(folder), ExitStack() as stack:
-        # The trials' folders are elsewhere, their MLflow is not.
-        tracked = config.tracking.model_copy(update={"mlflow_uri": mlflow_uri(config)})
-        base = config.model_copy(update={"storage": folder, "tracking": tracked})
+        base = _below(config, folder)
         _refuse_other_sweep(folder, base, request)
         prepare(config.data, config.data_root)
         terminal = stack.enter_context(chatter_to(folder / "logs" / "ray.log"))
@@ -115,6 +113,14 @@ def tune_schedules(config: RunConfig, request: Request) -> dict[str, Any]:
     return summary
 
 
+def _below(config: RunConfig, folder: Path) -> RunConfig:
+    """The config with everything that trials write below the sweep's folder, but with the same MLflow."""
+    tracking = config.tracking.model_copy(update={"mlflow_uri": mlflow_uri(config)})
+    storage = config.checkpoints.storage
+    checkpoints = config.checkpoints.model_copy(update={"storage": storage and f"{storage}/{folder.name}"})
+    return config.model_copy(update={"storage": folder, "tracking": tracking, "checkpoints": checkpoints})
+
+
 def check(config: RunConfig, request: Request) -> tuple[Space, list[Point]]:
     """Everything that can be known before anything starts; the space, and the points to try if they are known by then.
 
@@ -125,7 +131,7 @@ def check(config: RunConfig, request: Request) -> tuple[Space, list[Point]]:
     for objective in request.objectives:
         if objective not in OBJECTIVES:
             raise UserError(f"--objective {objective} must be one of {', '.join(OBJECTIVES)}")
-        if objective == "val_accuracy" and config.seq_len is not None and not hasattr(config.data, "pairs"):
+        if objective == "val_accuracy" and not config.has_accuracy:
             raise UserError("--objective val_accuracy is never logged for text; val_loss is")
     if len(set(request.objectives)) < len(request.objectives):
         raise UserError(f"--objective {request.objectives[0]} is named twice")
@@ -245,16 +251,16 @@ def _shown(folder: Path, total: int, objective: str, terminal: Terminal) -> Iter
     def show() -> None:
         while not ended.wait(SHOW_EVERY_S):
             found = Counter(statuses(folder))
-            now = total_ended = sum(count for status, count in found.items() if status != "running")
+            now = found.total() - found["running"]
             parts = [
                 f"{found[status]} {status}" for status in ("finished", "pruned", "failed", "running") if found[status]
             ]
             best = best_so_far(folder, objective, OBJECTIVES[objective])
             parts += [f"best {objective} {best[1]:.4g} ({best[0]})"] if best else []
             if now > before:
-                per_trial = (time.monotonic() - started) / (total_ended - before)
-                parts.append(f"ETA {duration(per_trial * (total - total_ended))}")
-            terminal.progress(f"{total_ended} of {total} trials: " + ", ".join(parts))
+                per_trial = (time.monotonic() - started) / (now - before)
+                parts.append(f"ETA {duration(per_trial * (total - now))}")
+            terminal.progress(f"{now} of {total} trials: " + ", ".join(parts))
 
     thread = threading.Thread(target=show, name="progress", daemon=True)
     thread.start()
@@ -292,8 +298,8 @@ def _close(tracker: MlflowTracker, kind: type[BaseException] | None, *_: object)
 def _best_config(config: RunConfig, folder: Path, best: Outcome) -> RunConfig:
     """The best trial's config as a run of its own, beside the sweep."""
     found = load_config(folder / best.trial / "config.yaml")
-    own = {"name": f"{folder.name}-best", "storage": config.storage, "tracking": config.tracking}
-    return found.model_copy(update=own)
+    own = {"storage": config.storage, "tracking": config.tracking, "checkpoints": config.checkpoints}
+    return found.model_copy(update={"name": f"{folder.name}-best"} | own)
 
 
 def _baselines(sweep: Sweep, best: Outcome, terminal: Terminal) -> dict[str, dict[str, Any]]:

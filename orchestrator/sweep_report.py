@@ -70,11 +70,10 @@ def outcomes(folder: Path) -> list[Outcome]:
 
 def best_so_far(folder: Path, objective: str, mode: str) -> tuple[str, float] | None:
     """The finished trial that is best in one objective, and its value there."""
-    found = [outcome for outcome in outcomes(folder) if outcome.status == "finished"]
-    if not found:
-        return None
-    best = best_of(found, objective, mode)
-    return best.trial, best.objectives[objective]
+    finished = [trial for trial in _trials(folder) if _status(trial)[0] == "finished"]
+    values = {trial.name: final(json.loads((trial / "summary.json").read_text()))[objective] for trial in finished}
+    best = (min if mode == "min" else max)(values, key=values.__getitem__, default=None)
+    return (best, values[best]) if best is not None else None
 
 
 def best_of(found: Sequence[Outcome], objective: str, mode: str) -> Outcome:
