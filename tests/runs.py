@@ -22,6 +22,9 @@ from orchestrator.crew import Crew
 from orchestrator.launch import Lent
 from orchestrator.run_folder import read_metrics
 
+# Guards against hangs and says nothing of speed: what has not ended by then, on however slow a machine, never will.
+HANGS_S = 900.0
+
 _crews: dict[tuple[object, ...], Crew] = {}
 
 
@@ -55,7 +58,7 @@ def start(raw: dict[str, Any], *options: str, command: str = "train", **environm
     return subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, start_new_session=True, env=env)
 
 
-def wait_until(condition: Callable[[], object], what: str, within: float = 240) -> None:
+def wait_until(condition: Callable[[], object], what: str, within: float = HANGS_S) -> None:
     deadline = time.monotonic() + within
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {within:g} s"

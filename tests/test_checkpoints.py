@@ -39,7 +39,7 @@ from orchestrator.retention import kept, prune
 from orchestrator.sharded_state import ShardedState, assign_owners
 from orchestrator.storage import checkpoints_of, run_folder
 from tests.conftest import Pair
-from tests.runs import dims_loaded_alone, train, wait_until
+from tests.runs import HANGS_S, dims_loaded_alone, train, wait_until
 
 SHAPES = {"embedding": (7, 3), "mixer.A": (4,), "mixer.B": (4, 5), "norm": (1,), "scalar": ()}
 TOKEN, OTHER = "0" * 15 + "1", "f" * 16
@@ -509,7 +509,9 @@ def test_a_run_on_s3_continues_though_its_machine_is_gone_and_is_loaded_from_the
     path.write_text(json.dumps(small_run))
 
     def command(*arguments: str) -> str:
-        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=400, check=False)
+        done = subprocess.run(
+            [sys.executable, *arguments], capture_output=True, text=True, timeout=HANGS_S, check=False
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

@@ -22,7 +22,7 @@ from orchestrator.errors import UserError
 from orchestrator.mlflow_tracker import MLFLOW_RUN
 from orchestrator.storage import run_folder
 from tests.conftest import small_run as small_run_fixture
-from tests.runs import dims_loaded_alone, losses, plans, saved, start, train, wait_until
+from tests.runs import HANGS_S, dims_loaded_alone, losses, plans, saved, start, train, wait_until
 
 pytestmark = pytest.mark.cluster
 Finished = tuple[RunConfig, Path]
@@ -191,7 +191,7 @@ def test_a_folder_has_one_driver_at_a_time_until_that_is_killed(small_run: dict[
     assert first.stdout is not None
     assert first.stdout.readline() == "held\n"
     second = start(small_run)
-    _, said = second.communicate(timeout=120)
+    _, said = second.communicate(timeout=HANGS_S)
     assert second.returncode == 2
     assert f"process {first.pid} on {socket.gethostname()}" in said
     assert str(config.storage / "small") in said
@@ -210,7 +210,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(small_run: dict[str, Any], numb
     driver = start(small_run)
     wait_until(lambda: (folder / "plans").is_dir() and len(plans(folder)) == 2, "two plans")
     os.killpg(driver.pid, number) if number == signal.SIGINT else driver.send_signal(number)
-    _, said = driver.communicate(timeout=120)
+    _, said = driver.communicate(timeout=HANGS_S)
     assert driver.returncode == 128 + number
     assert not (folder / "summary.json").exists()
     stopped = max(losses(folder))
@@ -218,7 +218,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(small_run: dict[str, Any], numb
     assert stopped < 600
     assert saved(folder, stopped)
     again = start(small_run)
-    shown, said = again.communicate(timeout=240)
+    shown, said = again.communicate(timeout=HANGS_S)
     assert again.returncode == 0, said
     assert f"continued after step {stopped}" in shown
     assert list(losses(folder)) == list(range(1, 601))
@@ -235,6 +235,6 @@ def test_a_second_signal_ends_at_once(small_run: dict[str, Any]) -> None:
     while "stopping" not in driver.stdout.readline():
         pass
     driver.send_signal(signal.SIGTERM)
-    _, said = driver.communicate(timeout=60)
+    _, said = driver.communicate(timeout=120)
     assert driver.returncode == 128 + signal.SIGTERM
     assert "ended at once; the same command continues from the last checkpoint" in said

@@ -14,7 +14,7 @@ import torch
 
 from orchestrator.config import load_config
 from orchestrator.sweep_report import Outcome, outcomes, pareto
-from tests.runs import losses, saved, start, train, wait_until
+from tests.runs import HANGS_S, losses, saved, start, train, wait_until
 
 TRIALS = 3
 
@@ -57,7 +57,7 @@ def test_a_sweep_that_was_killed_is_continued_and_equals_runs_of_their_own(
     finished = (folder / "trial-00000" / "summary.json").stat().st_mtime_ns
 
     again = tuned(small_run, *options)
-    output, errors = again.communicate(timeout=500)
+    output, errors = again.communicate(timeout=HANGS_S)
     assert again.returncode == 0, output + errors
     assert (folder / "trial-00000" / "summary.json").stat().st_mtime_ns == finished  # not trained again
     found = outcomes(folder)

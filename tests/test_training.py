@@ -32,7 +32,7 @@ from orchestrator.errors import TrainingError, UserError
 from orchestrator.mlflow_tracker import MLFLOW_RUN
 from orchestrator.run_folder import read_metrics
 from orchestrator.storage import checkpoints_of
-from tests.runs import losses, plans, saved, train
+from tests.runs import HANGS_S, losses, plans, saved, train
 
 pytestmark = pytest.mark.cluster
 Finished = tuple[RunConfig, Path, str]
@@ -49,7 +49,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Finished
     path = root / "small.yaml"
     path.write_text(yaml.safe_dump(raw))
     command = [str(Path(sys.executable).with_name("rayduce")), "train", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=root, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS_S, cwd=root, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     return parse_config(raw), root / "runs" / "small", done.stdout
@@ -233,7 +233,13 @@ def test_a_machine_without_a_compiler_trains_too(small_run: dict[str, Any], tmp_
     command = [str(Path(sys.executable).with_name("rayduce")), "train", str(path)]
     nothing_built = {"CXX": "/nonexistent/c++", "TORCH_EXTENSIONS_DIR": str(tmp_path / "empty")}
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, cwd=tmp_path, check=False, env=os.environ | nothing_built
+        command,
+        capture_output=True,
+        text=True,
+        timeout=HANGS_S,
+        cwd=tmp_path,
+        check=False,
+        env=os.environ | nothing_built,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "scans in plain torch, because the C++ kernels cannot be built" in done.stdout

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.runs import start, wait_until
+from tests.runs import HANGS_S, start, wait_until
 
 # A process of the run, as `ps` shows it. `worker` is the one that is held; `other` is the one that is not, which has
 # gone on into the next collective: into the middle of a reshape, for example.
@@ -87,7 +87,7 @@ def disturbed(raw: dict[str, Any], *strikes: Strike) -> Outcome:
         began = functools.partial(_began, attempts, attempt, driver)
         wait_until(began, f"another group after {strike}")
         seconds.append(time.monotonic() - struck)
-    output, errors = driver.communicate(timeout=400)
+    output, errors = driver.communicate(timeout=HANGS_S)
     # Of a killed driver's, Ray's own agents take longest: they ask for a while where the rest has gone.
     wait_until(lambda: not any(_left(ended.pid) for ended in drivers), "all processes end")
     return Outcome(driver.returncode, output, errors, seconds)
@@ -103,7 +103,7 @@ def _process(driver: subprocess.Popen[str], victim: str, held: int) -> int:
     if victim == "worker":
         return held
     # Of one that is dying from the strike before there may still be a trace.
-    wait_until(lambda: len(_named(driver, victim, held)) == 1, f"one {victim}", within=30)
+    wait_until(lambda: len(_named(driver, victim, held)) == 1, f"one {victim}")
     return _named(driver, victim, held)[0]
 
 

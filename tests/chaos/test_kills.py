@@ -17,7 +17,7 @@ import torch
 
 from tests.chaos.harness import Strike, actors_alive, disturbed, shared_cluster
 from tests.conftest import small_run as small_run_fixture
-from tests.runs import losses, plans, saved, start, wait_until
+from tests.runs import HANGS_S, losses, plans, saved, start, wait_until
 
 pytestmark = pytest.mark.cluster
 STEPS = 12
@@ -51,7 +51,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Calla
         raw = small_run_fixture.__wrapped__(tmp_path_factory.mktemp("undisturbed"), corpus)
         raw["cluster"]["zero_stage"] = stage
         driver = start(raw)
-        output, said = driver.communicate(timeout=400)
+        output, said = driver.communicate(timeout=HANGS_S)
         assert driver.returncode == 0, output + said
         return Path(raw["storage"]) / raw["name"]
 
@@ -129,7 +129,7 @@ def test_after_too_many_failures_the_same_command_continues(
     (sentence,) = outcome.errors.splitlines()
     assert sentence.startswith("rayduce: training failed after step 7: ")
     again = start(tracked)
-    output, errors = again.communicate(timeout=400)
+    output, errors = again.communicate(timeout=HANGS_S)
     assert again.returncode == 0, output + errors
     assert ends_like(tracked, undisturbed(2))
 

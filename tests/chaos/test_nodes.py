@@ -14,7 +14,7 @@ import torch
 from ray.cluster_utils import Cluster
 
 from tests.chaos.harness import Points
-from tests.runs import losses, plans, saved, start, wait_until
+from tests.runs import HANGS_S, losses, plans, saved, start, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.chaos]
 
@@ -58,7 +58,7 @@ def ended(raw: dict[str, Any], cluster: Cluster, points: Points, spare: bool) ->
         cluster.add_node(num_cpus=1)
     lose_node_of(cluster, held)
     points.let_go(*HELD)
-    output, errors = driver.communicate(timeout=400)
+    output, errors = driver.communicate(timeout=HANGS_S)
     assert driver.returncode == 0, output + errors
     return Path(raw["storage"]) / raw["name"]
 
@@ -66,7 +66,7 @@ def ended(raw: dict[str, Any], cluster: Cluster, points: Points, spare: bool) ->
 def undisturbed(raw: dict[str, Any], cluster: Cluster) -> Path:
     raw = raw | {"name": "undisturbed"}
     driver = start(raw, RAY_ADDRESS=cluster.address)
-    output, errors = driver.communicate(timeout=400)
+    output, errors = driver.communicate(timeout=HANGS_S)
     assert driver.returncode == 0, output + errors
     return Path(raw["storage"]) / raw["name"]
 
