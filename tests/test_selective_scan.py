@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -170,14 +172,16 @@ def test_threads_change_nothing_but_rounding(backend: str, batch: int) -> None:
 
 
 @pytest.mark.parametrize("backend", ["cpu"], indirect=True)
-def test_a_build_that_was_killed_does_not_block_the_next(backend: str) -> None:
-    """torch's loader waits for a lock file for ever, whoever left it."""
-    (library,) = {
-        line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "rayduce_scan" in line
-    }
-    (Path(library).parent / "lock").touch()
-    code = "from models.scan import extension; assert extension.load() is not None"
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True, timeout=120)
+def test_what_is_built_serves_every_checkout(backend: str, tmp_path: Path) -> None:
+    """Without a compiler on the path, a copy of the sources elsewhere finds the library of this one."""
+    shutil.copytree(Path(__file__).parents[1] / "models", tmp_path / "models")
+    shutil.copytree(Path(__file__).parents[1] / "compression", tmp_path / "compression")
+    code = "from models.scan import extension; assert extension.load() is not None; print(extension.__file__)"
+    environment = os.environ | {"PATH": "", "CXX": "/nonexistent/c++", "PYTHONPATH": str(tmp_path)}
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert found.stdout.startswith(str(tmp_path)), found.stderr
 
 
 def test_without_a_compiler_plain_torch_takes_over(

@@ -32,6 +32,7 @@ from orchestrator.errors import TrainingError, UserError
 from orchestrator.mlflow_tracker import MLFLOW_RUN
 from orchestrator.run_folder import read_metrics
 from orchestrator.storage import checkpoints_of
+from tests.errors import relative_error
 from tests.runs import HANGS_S, losses, plans, saved, train
 
 pytestmark = pytest.mark.cluster
@@ -129,7 +130,8 @@ def test_training_equals_plain_torch_cut_by_hand(finished: Finished) -> None:
     for name, parameter in model.named_parameters():
         state = optimizer.state[parameter]
         for part, tensor in (("value", parameter), ("exp_avg", state["exp_avg"]), ("exp_avg_sq", state["exp_avg_sq"])):
-            torch.testing.assert_close(ended[f"{part}:{name}"], tensor.detach(), rtol=1e-3, atol=1e-7)
+            # Of the whole tensor: single moments are sums that cancel, and differ with the order of additions.
+            assert relative_error(ended[f"{part}:{name}"], tensor.detach()) < 1e-4
     manifest = checkpoint.verify(checkpoint.at(checkpoints_of(folder, None), config.train.steps))
     assert (manifest.state_dims, manifest.optimizer_step) == ([4, 4], config.train.steps)
 

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import platform
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,17 +32,12 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-std=c++20")
 
 @contextmanager
 def _locked(name: str) -> Iterator[Path]:
-    """The folder of a build, for one process at a time.
-
-    torch's loader has a lock of its own, a file that a killed process leaves behind and everyone then waits for.
-    This one ends with the process, and whoever holds it may clear away the other.
-    """
+    """The folder of a library, for one process at a time, and no longer than that process lives."""
     cache = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "rayduce"
     folder = Path(cache) / name
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "in_use").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        (folder / "lock").unlink(missing_ok=True)
         yield folder
 
 
@@ -58,13 +54,21 @@ def _build() -> tuple[Any, str]:
     name = f"rayduce_scan_{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     try:
         with _locked(name) as folder:
-            load(
-                name,
-                [str(source) for source in SOURCES],
-                extra_cflags=list(FLAGS),
-                build_directory=str(folder),
-                is_python_module=False,
-            )
+            library = folder / f"{name}.so"
+            if library.exists():
+                torch.ops.load_library(library)
+            else:
+                # Elsewhere first: half a library is never found, nor the lock file that torch's loader leaves when it
+                # is killed. And ninja, which compiles again for each checkout's path, never sees a library that is there.
+                with tempfile.TemporaryDirectory(dir=folder) as build:
+                    load(
+                        name,
+                        [str(source) for source in SOURCES],
+                        extra_cflags=list(FLAGS),
+                        build_directory=build,
+                        is_python_module=False,
+                    )
+                    Path(build, library.name).rename(library)
     except (RuntimeError, OSError, ImportError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return None, next((line for line in lines if "error:" in line or "not found" in line), lines[0])[:200]
