@@ -59,7 +59,7 @@ def _build() -> tuple[Any, str]:
                 torch.ops.load_library(library)
             else:
                 # Elsewhere first: half a library is never found, nor the lock file that torch's loader leaves when it
-                # is killed. And ninja, which compiles again for each checkout's path, never sees a library that is there.
+                # is killed; and ninja, which compiles again for each checkout's path, never sees one that is whole.
                 with tempfile.TemporaryDirectory(dir=folder) as build:
                     load(
                         name,
