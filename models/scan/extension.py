@@ -56,7 +56,7 @@ def _build() -> tuple[Any, str]:
         with _locked(name) as folder:
             library = folder / f"{name}.so"
             if library.exists():
-                torch.ops.load_library(library)
+                torch.ops.load_library(library)  # type: ignore[no-untyped-call]
             else:
                 # Elsewhere first: half a library is never found, nor the lock file that torch's loader leaves when it
                 # is killed; and ninja, which compiles again for each checkout's path, never sees one that is whole.
