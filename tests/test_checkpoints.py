@@ -122,6 +122,15 @@ class Server:
             time.sleep(0.1)
         Folder.of(f"{self.uri}&allow_bucket_creation=true", "bucket").create()
 
+    def parts(self) -> int:
+        """How many parts have arrived of uploads that have not ended."""
+        import boto3  # comes with moto
+
+        client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{self.port}", region_name="us-east-1")
+        uploads = client.list_multipart_uploads(Bucket="bucket").get("Uploads", [])
+        listings = [client.list_parts(Bucket="bucket", Key=u["Key"], UploadId=u["UploadId"]) for u in uploads]
+        return sum(len(listing.get("Parts", [])) for listing in listings)
+
     def stop(self) -> None:
         self._process.kill()
         self._process.wait()
@@ -221,6 +230,32 @@ def test_a_kill_at_any_moment_leaves_a_complete_checkpoint(tmp_path: Path) -> No
         assert path is not None
         last = checkpoint.verify(path).step
         assert equal(restored(path), states(last))
+
+
+def _save_much(uri: str, environment: dict[str, str]) -> None:
+    os.environ |= environment
+    large = {name: torch.full((2**25,), 1.0) for name in ("value", "exp_avg", "exp_avg_sq")}
+    state = ShardedState({"large": 0}, {"large": (2**25,)}, {"large": ParameterState(**large)}, optimizer_step=3)
+    writer = Writer(0, 1, timeout_s=30)
+    writer.save(checkpoint.at(Folder.of(uri, "place"), 5), TOKEN, manifest(5), state)
+    writer.wait()
+
+
+def test_a_kill_in_the_middle_of_an_upload_leaves_the_checkpoint_before(server: Server) -> None:
+    """Some parts of a shard are in the store, which knows of no such file; the same step is saved again later."""
+    uri = server.uri.replace("checkpoints?", "uploads?")
+    place = Folder.of(uri, "place")
+    before = write(place, 4)
+    credentials = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    process = multiprocessing.get_context("spawn").Process(target=_save_much, args=(uri, credentials))
+    process.start()
+    wait_until(lambda: server.parts() or not process.is_alive(), "a part has arrived")
+    process.kill()
+    process.join()
+    assert server.parts(), "the upload had ended before the kill"
+    assert checkpoint.newest(place) == before
+    assert checkpoint.at(place, 5).names() == []
+    assert equal(restored(write(place, 5, seed=1)), states(1))
 
 
 # --- in the background ---
