@@ -23,6 +23,17 @@ from tests.runs import HANGS_S, start, wait_until
 # gone on into the next collective: into the middle of a reshape, for example.
 TITLES = {"coordinator": "ray::Foreman", "controller": "ray::TrainController", "other": "ray::RayTrainWorker"}
 
+POINTS = {  # where a worker is held, in the order of a run: the cuts are at steps 3 and 7, and a checkpoint is due at 5
+    "before the first checkpoint": ("step", 2),
+    "while its part of a checkpoint is written": ("shard", 5),
+    "before the checkpoint is complete": ("manifest", 5),
+    "between two probes": ("step", 6),
+    "while statistics are gathered": ("statistics", 7),
+    "once the plan is agreed": ("plan", 7),
+    "in the middle of the reshape": ("rebuild", 7),
+    "right after the reshape": ("reshape", 7),
+}
+
 
 @dataclass(frozen=True)
 class Strike:
@@ -67,7 +78,7 @@ class Points:
 
 def disturbed(raw: dict[str, Any], *strikes: Strike) -> Outcome:
     """Run `raw` to its end through all strikes, in this order; a killed driver is started again."""
-    points = Points(Path(raw["storage"]).parent / "points")
+    points = Points(Path(raw["storage"]).parent / f"points-of-{raw['name']}")
     attempts = Path(raw["storage"]) / raw["name"] / "attempt"
     environment = {"RAYDUCE_HOLD": str(points.folder)}
     driver = start(raw, **environment)
@@ -84,8 +95,8 @@ def disturbed(raw: dict[str, Any], *strikes: Strike) -> Outcome:
             driver.communicate()
             driver = start(raw, **environment)  # at once, though its workers may still be dying
             drivers.append(driver)
-        began = functools.partial(_began, attempts, attempt, driver)
-        wait_until(began, f"another group after {strike}")
+        another = functools.partial(began, attempts, attempt, driver)
+        wait_until(another, f"another group after {strike}")
         seconds.append(time.monotonic() - struck)
     output, errors = driver.communicate(timeout=HANGS_S)
     # Of a killed driver's, Ray's own agents take longest: they ask for a while where the rest has gone.
@@ -93,7 +104,8 @@ def disturbed(raw: dict[str, Any], *strikes: Strike) -> Outcome:
     return Outcome(driver.returncode, output, errors, seconds)
 
 
-def _began(attempts: Path, before: str, driver: subprocess.Popen[str]) -> bool:
+def began(attempts: Path, before: str, driver: subprocess.Popen[str]) -> bool:
+    """Whether another group of workers has begun than in attempt `before`, or the driver has ended."""
     return attempts.read_text() != before or driver.poll() is not None
 
 

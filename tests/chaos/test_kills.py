@@ -15,22 +15,12 @@ import mlflow
 import pytest
 import torch
 
-from tests.chaos.harness import Strike, actors_alive, disturbed, shared_cluster
+from tests.chaos.harness import POINTS, Strike, actors_alive, disturbed, shared_cluster
 from tests.conftest import small_run as small_run_fixture
 from tests.runs import HANGS_S, losses, plans, saved, start, wait_until
 
 pytestmark = pytest.mark.cluster
 STEPS = 12
-POINTS = {  # where a worker is held, in the order of a run: the cuts are at steps 3 and 7, and a checkpoint is due at 5
-    "before the first checkpoint": ("step", 2),
-    "while its part of a checkpoint is written": ("shard", 5),
-    "before the checkpoint is complete": ("manifest", 5),
-    "between two probes": ("step", 6),
-    "while statistics are gathered": ("statistics", 7),
-    "once the plan is agreed": ("plan", 7),
-    "in the middle of the reshape": ("rebuild", 7),
-    "right after the reshape": ("reshape", 7),
-}
 VICTIMS = ("worker", "other", "coordinator", "controller", "driver")
 MIXED = ("driver", "worker", "driver", "controller", "coordinator", "worker", "other", "worker")  # one at each point
 
@@ -112,11 +102,18 @@ def ends_like(raw: dict[str, Any], undisturbed: Path) -> bool:
 
 
 @pytest.mark.chaos
-def test_a_worker_that_hangs_is_lost(tracked: dict[str, Any], undisturbed: Callable[[int], Path]) -> None:
-    """It answers nobody, but its connections stay open: only `cluster.timeout_s` tells."""
-    outcome = disturbed(tracked, Strike("other", *POINTS["once the plan is agreed"], signal.SIGSTOP))
+def test_a_worker_that_hangs_is_lost(
+    tracked: dict[str, Any], undisturbed: Callable[[int], Path], table: list[tuple[str, str, str]]
+) -> None:
+    """It answers nobody, but its connections stay open: only `cluster.timeout_s` tells, here 30 s."""
+    point = "once the plan is agreed"
+    killed = disturbed(tracked | {"name": "killed", "tracking": {"mlflow": False}}, Strike("other", *POINTS[point]))
+    outcome = disturbed(tracked, Strike("other", *POINTS[point], signal.SIGSTOP))
     assert outcome.code == 0, outcome.output + outcome.errors
     assert ends_like(tracked, undisturbed(2))
+    # A kill is noticed at once; both then start a group.
+    table.append((f"ZeRO-2, other hangs, {point}", f"{outcome.seconds[0]:.0f}", "to the last bit"))
+    assert outcome.seconds[0] < 30 + 2 * killed.seconds[0]
 
 
 @pytest.mark.chaos

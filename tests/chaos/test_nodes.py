@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import tempfile
@@ -13,13 +14,10 @@ import pytest
 import torch
 from ray.cluster_utils import Cluster
 
-from tests.chaos.harness import Points
+from tests.chaos.harness import POINTS, Points, began
 from tests.runs import HANGS_S, losses, plans, saved, start, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.chaos]
-
-
-HELD = ("rebuild", 7)  # in the middle of the second reshape
 
 
 @pytest.fixture
@@ -49,20 +47,6 @@ def lose_node_of(cluster: Cluster, process: int) -> None:
     cluster.remove_node(node, allow_graceful=False)
 
 
-def ended(raw: dict[str, Any], cluster: Cluster, points: Points, spare: bool) -> Path:
-    """The folder of a run that loses a node, with another one in its place or not."""
-    points.arm(*HELD)
-    driver = start(raw, RAY_ADDRESS=cluster.address)
-    held = points.held(driver, *HELD)
-    if spare:
-        cluster.add_node(num_cpus=1)
-    lose_node_of(cluster, held)
-    points.let_go(*HELD)
-    output, errors = driver.communicate(timeout=HANGS_S)
-    assert driver.returncode == 0, output + errors
-    return Path(raw["storage"]) / raw["name"]
-
-
 def undisturbed(raw: dict[str, Any], cluster: Cluster) -> Path:
     raw = raw | {"name": "undisturbed"}
     driver = start(raw, RAY_ADDRESS=cluster.address)
@@ -71,9 +55,20 @@ def undisturbed(raw: dict[str, Any], cluster: Cluster) -> Path:
     return Path(raw["storage"]) / raw["name"]
 
 
-def test_another_node_takes_over(small_run: dict[str, Any], cluster: Cluster, points: Points) -> None:
-    folder = ended(small_run, cluster, points, spare=True)
-    reference = undisturbed(small_run, cluster)
+def test_another_node_takes_over_at_every_point(small_run: dict[str, Any], cluster: Cluster, points: Points) -> None:
+    small_run["cluster"]["max_failures"] = len(POINTS)
+    driver = start(small_run, RAY_ADDRESS=cluster.address)
+    attempts = Path(small_run["storage"]) / small_run["name"] / "attempt"
+    for point, step in POINTS.values():
+        points.arm(point, step)
+        held, attempt = points.held(driver, point, step), attempts.read_text()
+        cluster.add_node(num_cpus=1)
+        lose_node_of(cluster, held)
+        points.let_go(point, step)
+        wait_until(functools.partial(began, attempts, attempt, driver), f"another group after {point}")
+    output, errors = driver.communicate(timeout=HANGS_S)
+    assert driver.returncode == 0, output + errors
+    folder, reference = attempts.parent, undisturbed(small_run, cluster)
     assert losses(folder) == losses(reference)
     state, expected = saved(folder, 12), saved(reference, 12)
     assert state.keys() == expected.keys()
@@ -83,7 +78,14 @@ def test_another_node_takes_over(small_run: dict[str, Any], cluster: Cluster, po
 def test_an_elastic_run_goes_on_with_fewer_workers(small_run: dict[str, Any], cluster: Cluster, points: Points) -> None:
     """The global batch is the same, so the losses are too, but for the order in which floats are added."""
     small_run["cluster"]["workers"] = {"min": 1, "max": 2}
-    folder = ended(small_run, cluster, points, spare=False)
+    middle = POINTS["in the middle of the reshape"]
+    points.arm(*middle)
+    driver = start(small_run, RAY_ADDRESS=cluster.address)
+    lose_node_of(cluster, points.held(driver, *middle))
+    points.let_go(*middle)
+    output, errors = driver.communicate(timeout=HANGS_S)
+    assert driver.returncode == 0, output + errors
+    folder = Path(small_run["storage"]) / small_run["name"]
     cluster.add_node(num_cpus=1)
     reference = undisturbed(small_run, cluster)
     assert [len(list((folder / "checkpoints" / f"step-{step:08d}").glob("*.safetensors"))) for step in (5, 12)] == [
