@@ -40,7 +40,9 @@ class Target(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tolerance: Share | None = Field(None, description="Share of the summed HSVs that each cut may discard, in (0, 1).")
-    dim: Dim | None = Field(None, description="State dimension after the last cut.")
+    dim: Dim | tuple[Dim, ...] | None = Field(
+        None, description="State dimension after the last cut: of all layers, or of each."
+    )
     fraction: Share | None = Field(None, description="Share of its states that a layer has after the last cut.")
     budget: Budget | None = Field(None, description="Of all layers together; needs allocation global.")
     allocation: Literal["layer", "global"] = Field(
@@ -63,9 +65,16 @@ class Target(BaseModel):
         if self.ladder is not None:
             if any(b <= a for a, b in zip(self.ladder, self.ladder[1:], strict=False)) or not self.ladder:
                 raise ValueError(f"ladder {list(self.ladder)} must increase")
-            if self.dim is not None and self.dim not in self.ladder:
+            if not set(self.dims) <= set(self.ladder):
                 raise ValueError(f"dim {self.dim} must be on the ladder {list(self.ladder)}")
+        if self.uniform and len(set(self.dims)) > 1:
+            raise ValueError(f"dim {self.dim} must be one number with uniform true")
         return self
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """What `dim` says, as far as it says anything: one number for all layers, or one for each."""
+        return self.dim if isinstance(self.dim, tuple) else () if self.dim is None else (self.dim,)
 
 
 @dataclass(frozen=True)
@@ -164,7 +173,8 @@ def _sizes(spectra: Sequence[Spectrum], target: Target, event: int, events: int)
 
     if target.dim is not None or target.fraction is not None:
         if target.dim is not None:
-            finals, what = [target.dim for _ in spectra], f"dim {target.dim}"
+            finals = list(target.dims) if len(target.dims) > 1 else list(target.dims) * len(spectra)
+            what = f"dim {', '.join(map(str, target.dims))}"
         else:
             assert target.fraction is not None
             finals = [max(floor, round(target.fraction * s.initial_dim)) for s in spectra]

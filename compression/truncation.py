@@ -61,7 +61,7 @@ def solve(statistics: Statistics, score: Score, compensate: bool, seed: int) -> 
         ValueError: the statistics are not finite, or an LTI layer is not stable.
     """
     if isinstance(statistics, LTISystem):
-        return BalancedLTI(statistics, score, seed)
+        return ChosenModes(statistics) if score == "magnitude" else BalancedLTI(statistics, score, seed)
     if statistics.rotates:
         return BalancedMoments(statistics, score, seed)
     return ChosenStates(statistics, score, compensate, seed)
@@ -135,6 +135,23 @@ class BalancedLTI(_Balanced):
 
     def error_bound(self, rank: int) -> float | None:
         return 2 * float(self.sigma_N[rank:].sum()) if self._score == "hankel" else None
+
+
+class ChosenModes(Solution):
+    """An LTI layer that keeps some of its modes as they are, by the norms of their weights: magnitude pruning."""
+
+    def __init__(self, system: LTISystem) -> None:
+        self.hsv_N = lti_balancing(system).sigma_N
+        norms_N = system.B_NH.norm(dim=1) * system.C_HN.norm(dim=0)
+        self.sigma_N, self._ranked_N = norms_N.sort(descending=True, stable=True)
+        self.own_N = self.sigma_N
+        self.channels = system.B_NH.shape[1]
+        self._system = system
+
+    def reduce(self, rank: int) -> Outcome:
+        kept_R = self._ranked_N[:rank].sort().values
+        eye_NN = torch.eye(self._system.d_state, dtype=torch.complex128)
+        return Outcome(rank, StateTransform(eye_NN[kept_R], eye_NN[:, kept_R], self._system.eigenvalues_N[kept_R]))
 
 
 def diagonal_reduction(system: LTISystem, balancing: Balancing, coordinates: Sequence[int]) -> StateTransform | None:

@@ -24,6 +24,11 @@ class SequenceModel(nn.Module):
         super().__init__()
         self.backbone = backbone
 
+    @property
+    def answers(self) -> int:
+        """Entries in a row of logits."""
+        raise NotImplementedError
+
     def mixers(self) -> list[TruncatableLayer]:
         return self.backbone.mixers()
 
@@ -47,6 +52,10 @@ class TokenModel(SequenceModel):
         nn.init.normal_(self.backbone.embedding.weight, std=0.02)  # type: ignore[arg-type]
         self.lm_head = nn.Linear(d_model, vocab_size, bias=False, device="meta")
         self.lm_head.weight = self.backbone.embedding.weight  # type: ignore[assignment]
+
+    @property
+    def answers(self) -> int:
+        return self.lm_head.out_features
 
     def forward(self, tokens_BL: Tensor) -> Tensor:
         logits_BLV: Tensor = self.lm_head(self.backbone(tokens_BL))
@@ -73,6 +82,10 @@ class Classifier(SequenceModel):
     def __init__(self, n_features: int, n_classes: int, d_model: int, mixers: Sequence[TruncatableLayer]) -> None:
         super().__init__(Backbone(nn.Linear(n_features, d_model), mixers, d_model))
         self.head = nn.Linear(d_model, n_classes)
+
+    @property
+    def answers(self) -> int:
+        return self.head.out_features
 
     def forward(self, features_BLI: Tensor) -> Tensor:
         logits_BK: Tensor = self.head(self.backbone(features_BLI).mean(1))

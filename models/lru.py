@@ -93,11 +93,16 @@ class LRU(TruncatableLayer):
 
     @torch.no_grad()
     def finish_statistics(self) -> LTISystem:
+        system = self.system()
+        return LTISystem(system.eigenvalues_N.cpu(), system.B_NH.cpu(), system.C_HN.cpu())
+
+    def system(self) -> LTISystem:
+        """The recurrence alone, in complex128, through which gradients go back to the parameters."""
         eigenvalues_N = torch.exp(torch.complex(-self.nu_log.double().exp(), self.theta_log.double().exp()))
         gamma_N1 = self.gamma_log.double().exp().unsqueeze(-1)
         B_NH = torch.complex(self.B_re.double(), self.B_im.double()) * gamma_N1
         C_HN = torch.complex(self.C_re.double(), self.C_im.double())
-        return LTISystem(eigenvalues_N.cpu(), B_NH.cpu(), C_HN.cpu())
+        return LTISystem(eigenvalues_N, B_NH, C_HN)
 
     def shrink(self, plan: LayerPlan, states: Mapping[str, ParameterState]) -> dict[str, ParameterState]:
         """The balanced, truncated and diagonal system in the LRU's own parameters.

@@ -42,6 +42,28 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
+class DistillConfig(_Part):
+    """A baseline: learn from the answers of a larger model too."""
+
+    teacher: Path = Field(description="Folder of the run whose model answers.")
+    temperature: float = Field(2.0, gt=0, description="By which answers are softened.")
+    alpha: float = Field(0.5, ge=0, le=1, description="Share of the task's own loss; the rest is the teacher's.")
+
+    @field_validator("teacher")
+    @classmethod
+    def _absolute(cls, path: Path) -> Path:
+        return absolute(path)
+
+
+class RegularizeConfig(_Part):
+    """A baseline: make the layers easy to reduce by a penalty on their Hankel singular values at every step."""
+
+    weight: float = Field(gt=0, description="Of the sum of all layers' Hankel singular values in the loss.")
+    form: Literal["hankel", "nuclear"] = Field(
+        "hankel", description="How the sum is computed: in closed form, or by dense Lyapunov solves as it used to be."
+    )
+
+
 class TrainConfig(_Part):
     """The optimizer and how often what happens."""
 
@@ -61,6 +83,8 @@ class TrainConfig(_Part):
     activation_checkpointing: bool = Field(
         False, description="Recompute each block in the backward pass instead of keeping its activations."
     )
+    distill: DistillConfig | None = Field(None, description="Learn from a teacher; a baseline of `rayduce compare`.")
+    regularize: RegularizeConfig | None = Field(None, description="Penalise Hankel singular values; a baseline too.")
     eval_every: int = Field(100, ge=1, description="Steps between evaluations on held-out data.")
     eval_batches: int = Field(8, ge=1, description="Held-out batches of batch_size per evaluation.")
     log_every: int = Field(10, ge=1, description="Steps between reports of loss and speed.")
@@ -252,6 +276,10 @@ class RunConfig(_Part):
             raise ValueError(
                 f"train.batch_size {train.batch_size} must not be less than cluster.workers {workers}{times}"
             )
+        if train.regularize is not None and self.model.kind != "lru":
+            raise ValueError(f"train.regularize needs the linear layers of model.kind lru, not {self.model.kind}")
+        if train.regularize is not None and self.cluster.zero_stage == 3:
+            raise ValueError("cluster.zero_stage 3 must be 0, 1 or 2 with train.regularize, which needs whole layers")
         if self.truncation is not None:
             self._check_reduction(self.truncation)
             self._check_target(self.truncation.target)
@@ -275,10 +303,11 @@ class RunConfig(_Part):
                 f"model.n_groups {model.n_groups} must be 1 with truncation, "
                 "which chooses states of one group; or set truncation to null"
             )
-        if self._combines and truncation.score not in (None, "hankel", "smallest", "random"):
+        valid = ["hankel", "smallest", "random", *(["magnitude"] if model.kind == "lru" else [])]
+        if self._combines and truncation.score not in (None, *valid):
             raise ValueError(
                 f"truncation.score {truncation.score} chooses among states, which this model combines; "
-                "it must be hankel, smallest or random"
+                f"it must be {', '.join(valid[:-1])} or {valid[-1]}"
             )
         if truncation.compensate and model.kind != "mamba":
             raise ValueError(
@@ -290,7 +319,11 @@ class RunConfig(_Part):
 
     def _check_target(self, target: Target) -> None:
         dims = self.model.state_dims
-        if target.dim is not None and target.dim > max(dims):
+        if len(target.dims) not in (0, 1, len(dims)):
+            raise ValueError(
+                f"truncation.target.dim {list(target.dims)} must be one number, or model.n_layers {len(dims)} of them"
+            )
+        if max(target.dims, default=1) > max(dims):
             raise ValueError(f"truncation.target.dim {target.dim} must lie between 1 and model.d_state {max(dims)}")
         least = len(dims) * (target.ladder[0] if target.ladder else 1)
         states = target.budget.states if target.budget else None

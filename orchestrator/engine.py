@@ -24,6 +24,7 @@ from orchestrator.config import STEADY, Pace, RunConfig, TrainConfig
 from orchestrator.data.batches import Batch
 from orchestrator.failpoints import reach
 from orchestrator.group import Group
+from orchestrator.objective import Objective
 from orchestrator.sharded_state import ShardedState, States, parameter_groups
 from orchestrator.zero import (
     EngineState,
@@ -55,6 +56,7 @@ class Engine:
         self._group = group
         self.gradient_norm = torch.zeros((), device=group.device)
         """Of the last step, over all workers and before clipping; NaN or infinite where that step was none."""
+        self._objective = Objective(config.train, group)
         avoid_impossible_builds()
         self._build(state_dims)
 
@@ -70,8 +72,10 @@ class Engine:
         for part in batch.to(self._group.device).split(train.accumulation):
             # DeepSpeed takes the mean over parts and workers, which may have a row more or less than others.
             weight = len(part.targets) * train.accumulation * self._group.size / (train.batch_size * pace.batch)
-            loss = self._model.loss(self._engine(part.inputs), part.targets) * weight
-            self._engine.backward(loss)
+            logits = self._engine(part.inputs)
+            loss = self._objective.loss(self._model, logits, part.inputs, part.targets) * weight
+            # The mean over parts and workers of what is the same in all of them.
+            self._engine.backward(loss + self._objective.penalty(self._model))
             if self._engine.is_gradient_accumulation_boundary():
                 self.gradient_norm = optimizer_step(self._engine)
             else:

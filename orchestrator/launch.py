@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from models.registry import build_model
 from orchestrator.checkpoint import Manifest
 from orchestrator.config import RunConfig
 from orchestrator.crew import Crew
@@ -17,6 +20,7 @@ from orchestrator.data.sources import prepare
 from orchestrator.errors import Interrupted, UserError
 from orchestrator.events import Job
 from orchestrator.follow import Follower
+from orchestrator.inference import load_model
 from orchestrator.mlflow_tracker import Nesting, mlflow_command
 from orchestrator.ray_cluster import ray_cluster
 from orchestrator.report import write_report
@@ -65,6 +69,7 @@ def train(config: RunConfig, lent: Lent | None = None) -> dict[str, Any]:
             return {}
         data = prepare(config.data, config.data_root)
         _check_data(config, data, earlier)
+        _check_teacher(config, data)
         terminal = stack.enter_context(chatter_to(folder / "logs" / "ray.log"))
         stack.enter_context(ray_cluster(config))
         stop = lent.stop if lent else stack.enter_context(stop_request())
@@ -127,4 +132,17 @@ def _check_data(config: RunConfig, data: Path, earlier: Manifest | None) -> None
     if earlier and earlier.data_sha256 != describe(data).sha256["train"]:
         raise UserError(
             f"run {config.storage / config.name} cannot continue: the data at {data} is not what it was trained on"
+        )
+
+
+def _check_teacher(config: RunConfig, data: Path) -> None:
+    if config.train.distill is None:
+        return
+    teacher = load_model(config.train.distill.teacher)
+    with torch.device("meta"):
+        student = build_model(config.model, describe(data).task, config.model.state_dims)
+    if (type(teacher), teacher.answers) != (type(student), student.answers):
+        raise UserError(
+            f"train.distill.teacher {config.train.distill.teacher} is a {type(teacher).__name__} of {teacher.answers} "
+            f"answers; this task needs a {type(student).__name__} of {student.answers}"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from orchestrator.config import load_config
+from orchestrator.config import load_config, parse_config
+from orchestrator.sweep import Pruning, Request, tune_schedules
 from orchestrator.sweep_report import Outcome, outcomes, pareto
-from tests.runs import HANGS_S, losses, saved, start, train, wait_until
+from tests.runs import HANGS_S, end_crews, losses, saved, start, train, wait_until
 
 TRIALS = 3
 
@@ -54,6 +56,14 @@ def test_a_sweep_that_was_killed_is_continued_and_equals_runs_of_their_own(
     assert first.poll() is None, first.communicate()
     first.kill()
     first.communicate()
+
+    second = tuned(small_run, *options)
+    running = folder / "trial-00001" / "metrics.jsonl"
+    wait_until(lambda: running.exists() or second.poll() is not None, "the second trial runs")
+    second.send_signal(signal.SIGINT)
+    output, errors = second.communicate(timeout=HANGS_S)
+    assert second.returncode == 128 + signal.SIGINT, output + errors
+    assert errors == "rayduce: sweep small-timing stopped; the same command continues it\n"
     finished = (folder / "trial-00000" / "summary.json").stat().st_mtime_ns
 
     again = tuned(small_run, *options)
@@ -74,6 +84,75 @@ def test_a_sweep_that_was_killed_is_continued_and_equals_runs_of_their_own(
     assert losses(shared) == losses(whole)  # the trunk's steps among them
     state, expected = saved(shared, 24), saved(whole, 24)
     assert all(torch.equal(state[key], expected[key]) for key in expected)
+
+
+SPACE = """
+from tune_spaces.knobs import Choice
+
+KNOBS = {{{knob!r}: Choice({values!r}, "What differs.")}}
+
+
+def settings({knob}):
+    return {{{key!r}: {knob}}}
+"""
+
+
+@pytest.fixture
+def one_at_a_time(small_run: dict[str, Any], local_ray: None) -> dict[str, Any]:
+    """A config of which this cluster holds one trial, so that trials come in the order of their points."""
+    end_crews()
+    small_run["train"] |= {"steps": 16, "eval_every": 4}
+    small_run["truncation"] = {"target": {"dim": 4}, "steps": [3]}
+    small_run["cluster"]["cpus_per_worker"] = 2
+    small_run["tracking"] = {"mlflow": True, "mlflow_uri": f"sqlite:///{small_run['storage']}/mlflow.db"}
+    return small_run
+
+
+def request(path: Path, *objectives: str, pruning: Pruning = "none") -> Request:
+    return Request(str(path), None, objectives, "grid", pruning, share=True, baselines=False)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("pruning", ["asha", "median"])
+def test_a_worse_trial_is_pruned_and_the_next_one_has_its_workers(
+    one_at_a_time: dict[str, Any], tmp_path: Path, pruning: Pruning
+) -> None:
+    path = tmp_path / "pace.py"
+    # At the median of three and more, the first two are never stopped.
+    factors = (1.0, 1.5, 1.25, 300.0, 0.75)
+    path.write_text(SPACE.format(knob="factor", values=factors, key="truncation.lr_factor"))
+    config = parse_config(one_at_a_time)
+    summary = tune_schedules(config, request(path, "val_loss", pruning=pruning))
+    folder = Path(one_at_a_time["storage"]) / "small-pace"
+    found = {trial.point["factor"]: trial for trial in outcomes(folder)}
+    bad = found.pop(300.0)
+    assert (bad.status, bad.error) == ("pruned", None)
+    assert 4 <= bad.last_step < 16
+    assert bad.objectives["val_loss"] > max(trial.objectives["val_loss"] for trial in found.values())
+    finished = [trial for trial in found.values() if trial.status == "finished"]
+    assert [trial.last_step for trial in finished] == [16] * len(finished)
+    assert summary["steps_trained"] < summary["steps_naive"]
+    client = mlflow.MlflowClient(one_at_a_time["tracking"]["mlflow_uri"])
+    experiment = client.get_experiment_by_name("rayduce")
+    assert experiment is not None
+    [run] = client.search_runs([experiment.experiment_id], f"tags.trial = '{bad.trial}'")
+    assert run.data.tags["status"] == "pruned"
+    assert run.info.status != "RUNNING"
+
+
+@pytest.mark.cluster
+def test_several_objectives_and_a_trial_that_fails(one_at_a_time: dict[str, Any], tmp_path: Path) -> None:
+    """The third diverges: it is recorded with its error, and the others have what they need."""
+    path = tmp_path / "far.py"
+    path.write_text(SPACE.format(knob="factor", values=(1.0, 0.5, 1e30), key="truncation.lr_factor"))
+    summary = tune_schedules(parse_config(one_at_a_time), request(path, "val_loss", "states"))
+    folder = Path(one_at_a_time["storage"]) / "small-far"
+    found = {trial.point["factor"]: trial for trial in outcomes(folder)}
+    assert [found[factor].status for factor in (1.0, 0.5, 1e30)] == ["finished", "finished", "failed"]
+    assert "loss" in str(found[1e30].error)
+    assert [found[factor].objectives["states"] for factor in (1.0, 0.5)] == [8, 8]
+    assert summary["objectives"] == ["val_loss", "states"]
+    assert summary["front"] == [trial.trial for trial in pareto(list(found.values()), "train_seconds", "val_loss")]
 
 
 def _check_results(folder: Path, found: Sequence[Outcome], output: str) -> None:

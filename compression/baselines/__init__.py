@@ -1,0 +1,1 @@
+"""What truncation in mid-training is compared with."""
