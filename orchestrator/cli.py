@@ -126,6 +126,56 @@ def tune(
 
 
 @main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", metavar="[KEY.SUB=VALUE]...", nargs=-1)
+@click.option(
+    "--methods",
+    default="full,scratch,hankel,random,smallest,magnitude,distill",
+    show_default=True,
+    help="Also hsv_regularized and nuclear_regularized, for LRUs. full and hankel are always there.",
+)
+@click.option(
+    "--seeds", default=3, show_default=True, help="Trainings of every method; the first has the config's seed."
+)
+@click.option(
+    "--tolerance",
+    "tolerances",
+    type=float,
+    multiple=True,
+    help="A target of truncation instead of the config's; several give several sizes.",
+)
+@click.option("--fine-tune", default=0.1, show_default=True, help="Steps after magnitude pruning, as a share of all.")
+@click.option("--penalty", default=1e-5, show_default=True, help="Weight of the Hankel singular values in the loss.")
+@_told_plainly
+def compare(
+    config: Path,
+    overrides: tuple[str, ...],
+    methods: str,
+    seeds: int,
+    tolerances: tuple[float, ...],
+    fine_tune: float,
+    penalty: float,
+) -> None:
+    """Compare truncation of CONFIG with what it claims to beat: one table of quality, size and time.
+
+    Every method trains with the same data order, steps and optimizer; those that end smaller get the dimensions that
+    truncation has reached. Distillation is charged its teacher's time, pruning its fine-tuning. The same command
+    continues a comparison that was interrupted, and more seeds can be asked for later.
+
+    \b
+    Examples:
+      rayduce compare configs/digits_lru.yaml
+      rayduce compare configs/digits_lru.yaml --tolerance 0.02 --tolerance 0.1 --methods scratch,random --seeds 5
+    """
+    from orchestrator.comparison import Request
+    from orchestrator.comparison import compare as run
+    from orchestrator.config import load_config
+
+    names = tuple(method.strip() for method in methods.split(","))
+    run(load_config(config, overrides), Request(names, seeds, tolerances, fine_tune, penalty))
+
+
+@main.command()
 @click.argument("run")
 @click.option("--prompt", metavar="TEXT", default="", help="What the text begins with; by default a new line.")
 @click.option("--tokens", default=256, show_default=True, help="How many bytes to generate.")

@@ -14,6 +14,8 @@ import ray
 from orchestrator.config import RunConfig
 from orchestrator.errors import UserError
 
+START_TRIES = 3
+
 
 @contextmanager
 def ray_cluster(config: RunConfig) -> Iterator[None]:
@@ -32,18 +34,32 @@ def ray_cluster(config: RunConfig) -> Iterator[None]:
         # Ray itself would try for minutes.
         if failure := why_unreachable(address):
             raise UserError(f"RAY_ADDRESS {address} cannot be reached ({failure}); unset it to train on this machine")
-        try:
-            ray.init(address, include_dashboard=False, logging_level=logging.WARNING)
-        except ConnectionError as error:
-            raise UserError(
-                f"RAY_ADDRESS {address}: no Ray cluster answers; unset it to train on this machine"
-            ) from error
+        _connect(address)
     try:
         _check_resources(config)
         yield
     finally:
         if ours:
             ray.shutdown()
+
+
+def _connect(address: str) -> None:
+    for attempt in range(1, START_TRIES + 1):
+        try:
+            ray.init(address, include_dashboard=False, logging_level=logging.WARNING)
+        except ConnectionError as error:
+            raise UserError(
+                f"RAY_ADDRESS {address}: no Ray cluster answers; unset it to train on this machine"
+            ) from error
+        except Exception as error:
+            # Ray gives a node that it starts here 30 s, and has no type of its own for one that takes longer.
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+            if attempt == START_TRIES:
+                raise UserError(f"Ray did not start within 30 s, {attempt} times; this machine is too busy") from error
+        else:
+            return
 
 
 def _check_resources(config: RunConfig) -> None:

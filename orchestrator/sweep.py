@@ -5,7 +5,6 @@ A sweep's folder holds its trials' folders, the trunk that they share, and what 
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
@@ -14,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -26,12 +24,13 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from ray.tune.search.optuna import OptunaSearch
 
 from orchestrator import launch
-from orchestrator.config import RunConfig, flatten, load_config, parse_config
+from orchestrator.collection import below, parent_run, remember_request
+from orchestrator.config import RunConfig, load_config, parse_config
 from orchestrator.crew import Crew
 from orchestrator.data.sources import prepare
 from orchestrator.errors import Interrupted, TrainingError, UserError
 from orchestrator.launch import Lent
-from orchestrator.mlflow_tracker import MlflowTracker, Nesting, mlflow_command, mlflow_tracker, mlflow_uri
+from orchestrator.mlflow_tracker import Nesting, mlflow_command
 from orchestrator.ray_cluster import ray_cluster
 from orchestrator.run_folder import write_whole
 from orchestrator.space import Point, Space, load_space, optuna_space
@@ -75,14 +74,14 @@ def tune_schedules(config: RunConfig, request: Request) -> dict[str, Any]:
     space, points = check(config, request)
     folder = config.storage / f"{config.name}-{space.name}"
     with hold_folder(folder), ExitStack() as stack:
-        base = _below(config, folder)
-        _refuse_other_sweep(folder, base, request)
+        base = below(config, folder)
+        # Baselines may be asked for later.
+        asked = {"config": base.model_dump(mode="json"), "request": asdict(request) | {"baselines": None}}
+        remember_request(folder, asked)
         prepare(config.data, config.data_root)
         terminal = stack.enter_context(chatter_to(folder / "logs" / "ray.log"))
         stack.enter_context(ray_cluster(config))
-        tracker = mlflow_tracker(config, folder, terminal.line)
-        if tracker is not None:
-            stack.push(partial(_close, tracker))
+        tracker = stack.enter_context(parent_run(config, folder, terminal.line))
         shared = request.share and share_a_trunk(space, base, points)
         if request.share and not shared:
             terminal.line(f"nothing to share: space {space.name} changes the training before the first cut too")
@@ -111,14 +110,6 @@ def tune_schedules(config: RunConfig, request: Request) -> dict[str, Any]:
     if config.tracking.mlflow:
         print(f"  MLflow   {mlflow_command(config)}")
     return summary
-
-
-def _below(config: RunConfig, folder: Path) -> RunConfig:
-    """The config with everything that trials write below the sweep's folder, but with the same MLflow."""
-    tracking = config.tracking.model_copy(update={"mlflow_uri": mlflow_uri(config)})
-    storage = config.checkpoints.storage
-    checkpoints = config.checkpoints.model_copy(update={"storage": storage and f"{storage}/{folder.name}"})
-    return config.model_copy(update={"storage": folder, "tracking": tracking, "checkpoints": checkpoints})
 
 
 def check(config: RunConfig, request: Request) -> tuple[Space, list[Point]]:
@@ -153,25 +144,6 @@ def check(config: RunConfig, request: Request) -> tuple[Space, list[Point]]:
     for point in points:
         space.config(config, point)
     return space, points
-
-
-def _refuse_other_sweep(folder: Path, base: RunConfig, request: Request) -> None:
-    """Keep what was asked for; what was asked before must have been the same, but for the baselines."""
-    asked = {"config": base.model_dump(mode="json"), "request": asdict(request) | {"baselines": None}}
-    path = folder / "request.json"
-    asked = json.loads(json.dumps(asked))
-    if path.exists():
-        before = json.loads(path.read_text())
-        now, then = dict(flatten(asked)), dict(flatten(before))
-        changed = [key for key in sorted(now.keys() | then.keys()) if now.get(key) != then.get(key)]
-        if changed:
-            words = ", ".join(
-                f"{key.partition('.')[2]} (was {then.get(key)!r}, is {now.get(key)!r})" for key in changed
-            )
-            raise UserError(
-                f"sweep {folder} cannot continue with another value of {words}; another name= starts a new one"
-            )
-    write_whole(path, json.dumps(asked, indent=1) + "\n")
 
 
 def _slots(config: RunConfig) -> int:
@@ -287,12 +259,6 @@ def _scheduler(base: RunConfig, request: Request) -> TrialScheduler:
             **which,
         )
     return MedianStoppingRule(grace_period=grace, **which)
-
-
-def _close(tracker: MlflowTracker, kind: type[BaseException] | None, *_: object) -> None:
-    """The sweep's own run in MLflow ends as the sweep does."""
-    failed = "KILLED" if kind is not None and issubclass(kind, KeyboardInterrupt) else "FAILED"
-    tracker.close("FINISHED" if kind is None else failed)
 
 
 def _best_config(config: RunConfig, folder: Path, best: Outcome) -> RunConfig:

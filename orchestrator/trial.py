@@ -23,7 +23,7 @@ from orchestrator.mlflow_tracker import Nesting
 from orchestrator.run_folder import read_metrics, write_whole
 from orchestrator.signals import StopRequest
 from orchestrator.space import Space
-from orchestrator.trunk import branch
+from orchestrator.trunk import branch, trunk_of
 
 POINT, OUTCOME = "point.json", "outcome.json"
 
@@ -107,7 +107,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
             tags = {"trial": base.name}
             if sweep.shared:
                 trunk = Lent(self._crew, self._stop, Nesting(sweep.parent_run_id, {"trial": "trunk"}))
-                tags["trunk_step"] = str(branch(config, trunk))
+                tags["trunk_step"] = str(branch(config, trunk_of(config), trunk))
             summary = launch.train(config, Lent(self._crew, self._stop, Nesting(sweep.parent_run_id, tags), progress))
             _conclude(folder, "finished")
             self._results.put(final(summary) | {"step": summary["steps"], "done": True})

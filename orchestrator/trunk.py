@@ -1,6 +1,6 @@
-"""What the trials of a sweep share: the full-size training up to their first cuts, trained once.
+"""What several runs share: the full-size training up to their first cuts, trained once.
 
-A trial that differs from the others only from its first probe on begins with the trunk's last checkpoint before it.
+A run that differs from the others only from its first probe on begins with the trunk's last checkpoint before it.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ NAME = "trunk"
 SPACING = 0.01
 
 
-def trunk_of(trial: RunConfig) -> RunConfig:
+def trunk_of(trial: RunConfig, name: str = NAME) -> RunConfig:
     """The same run without truncation, which keeps many checkpoints."""
     every = max(1, int(SPACING * trial.train.steps))
     storage = trial.checkpoints.storage
     return trial.model_copy(
         update={
-            "name": NAME,
+            "name": name,
             "truncation": None,
             "train": trial.train.model_copy(update={"checkpoint_every": every}),
             "checkpoints": CheckpointsConfig(storage=storage, keep_last=trial.train.steps, keep_best=0),
@@ -47,7 +47,7 @@ def share_a_trunk(space: Space, base: RunConfig, points: Sequence[Point]) -> boo
     return all(trunk == trunks[0] for trunk in trunks)
 
 
-def branch(trial: RunConfig, lent: Lent) -> int:
+def branch(trial: RunConfig, trunk: RunConfig, lent: Lent) -> int:
     """Give a trial its beginning, for which the trunk is trained as far as that needs; the step that it begins after.
 
     A trial that has a checkpoint of its own goes on from there. Waits while another trial extends the trunk.
@@ -60,21 +60,20 @@ def branch(trial: RunConfig, lent: Lent) -> int:
     before = trial.probe_steps[0] - 1
     if before < 1:
         return 0
-    config = trunk_of(trial)
-    with _alone(config.storage):
-        launch.train(config, replace(lent, until=before))
-        trunk = checkpoints_of(config.storage / NAME, config.checkpoints.storage)
-        complete = [step for step in checkpoint.steps(trunk) if checkpoint.at(trunk, step).has(MANIFEST)]
+    with _alone(trunk.storage):
+        launch.train(trunk, replace(lent, until=min(before, trunk.train.steps)))
+        shared = checkpoints_of(trunk.storage / trunk.name, trunk.checkpoints.storage)
+        complete = [step for step in checkpoint.steps(shared) if checkpoint.at(shared, step).has(MANIFEST)]
         step = max(step for step in complete if step <= before)
         folder.mkdir(parents=True, exist_ok=True)
-        rows = [row for row in read_metrics(config.storage / NAME) if row["step"] <= step]
+        rows = [row for row in read_metrics(trunk.storage / trunk.name) if row["step"] <= step]
         write_whole(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         write_whole(note, json.dumps({"step": step}) + "\n")
-        graft(checkpoint.at(trunk, step), checkpoint.at(own, step), trial)
+        _graft(checkpoint.at(shared, step), checkpoint.at(own, step), trial)
     return step
 
 
-def graft(source: Folder, target: Folder, config: RunConfig) -> None:
+def _graft(source: Folder, target: Folder, config: RunConfig) -> None:
     """Copy a checkpoint that becomes one of another run, which continues from there with its own config."""
     manifest = checkpoint.verify(source)
     for shard in manifest.shards:

@@ -65,6 +65,12 @@ def wait_until(condition: Callable[[], object], what: str, within: float = HANGS
         time.sleep(0.02)
 
 
+def wait_while_running(driver: subprocess.Popen[str], condition: Callable[[], object], what: str) -> None:
+    """Wait for something that a driver does. One that ends meanwhile fails the test with its own words."""
+    wait_until(lambda: driver.poll() is not None or condition(), what)
+    assert driver.poll() is None, driver.communicate()
+
+
 def losses(folder: Path) -> dict[int, float]:
     return {row["step"]: row["train_loss"] for row in read_metrics(folder) if "train_loss" in row}
 

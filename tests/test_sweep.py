@@ -16,7 +16,7 @@ import torch
 from orchestrator.config import load_config, parse_config
 from orchestrator.sweep import Pruning, Request, tune_schedules
 from orchestrator.sweep_report import Outcome, outcomes, pareto
-from tests.runs import HANGS_S, end_crews, losses, saved, start, train, wait_until
+from tests.runs import HANGS_S, end_crews, losses, saved, start, train, wait_while_running
 
 TRIALS = 3
 
@@ -52,14 +52,13 @@ def test_a_sweep_that_was_killed_is_continued_and_equals_runs_of_their_own(
 
     first = tuned(small_run, *options)
     done = folder / "trial-00000" / "outcome.json"
-    wait_until(lambda: done.exists() or first.poll() is not None, "the first trial ends")
-    assert first.poll() is None, first.communicate()
+    wait_while_running(first, done.exists, "the first trial ends")
     first.kill()
     first.communicate()
 
     second = tuned(small_run, *options)
     running = folder / "trial-00001" / "metrics.jsonl"
-    wait_until(lambda: running.exists() or second.poll() is not None, "the second trial runs")
+    wait_while_running(second, running.exists, "the second trial runs")
     second.send_signal(signal.SIGINT)
     output, errors = second.communicate(timeout=HANGS_S)
     assert second.returncode == 128 + signal.SIGINT, output + errors

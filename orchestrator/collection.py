@@ -1,0 +1,58 @@
+"""A folder with many runs that were asked for together: a sweep's, or a comparison's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config import RunConfig, flatten
+from orchestrator.errors import UserError
+from orchestrator.mlflow_tracker import MlflowTracker, mlflow_tracker, mlflow_uri
+from orchestrator.run_folder import write_whole
+
+
+def below(config: RunConfig, folder: Path) -> RunConfig:
+    """The config with everything that its runs write below `folder`, but with the same MLflow."""
+    tracking = config.tracking.model_copy(update={"mlflow_uri": mlflow_uri(config)})
+    storage = config.checkpoints.storage
+    place = folder.relative_to(config.storage)
+    checkpoints = config.checkpoints.model_copy(update={"storage": storage and f"{storage}/{place}"})
+    return config.model_copy(update={"storage": folder, "tracking": tracking, "checkpoints": checkpoints})
+
+
+def remember_request(folder: Path, asked: dict[str, Any]) -> None:
+    """Keep what was asked for, plain values, in `request.json`.
+
+    Raises:
+        UserError: something else was asked for before; names what differs.
+    """
+    path = folder / "request.json"
+    asked = json.loads(json.dumps(asked))
+    if path.exists():
+        now, then = dict(flatten(asked)), dict(flatten(json.loads(path.read_text())))
+        changed = [key for key in sorted(now.keys() | then.keys()) if now.get(key) != then.get(key)]
+        if changed:
+            words = ", ".join(
+                f"{key.partition('.')[2]} (was {then.get(key)!r}, is {now.get(key)!r})" for key in changed
+            )
+            raise UserError(f"{folder} cannot continue with another value of {words}; another name= starts a new one")
+    write_whole(path, json.dumps(asked, indent=1) + "\n")
+
+
+@contextmanager
+def parent_run(config: RunConfig, folder: Path, warn: Callable[[str], None]) -> Iterator[MlflowTracker | None]:
+    """The MLflow run above all others, for the duration of the block, whose end is its status; None without MLflow."""
+    tracker = mlflow_tracker(config, folder, warn)
+    status = "FAILED"
+    try:
+        yield tracker
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        if tracker is not None:
+            tracker.close(status)

@@ -1,0 +1,253 @@
+"""A comparison: full size, truncation in mid-training, and what it claims to beat, each trained the same way.
+
+Methods of one seed share data order, steps and optimizer, and all that are made smaller end with the dimensions that
+truncation has reached at that seed. What begins as full size does begins with its checkpoint, with the metrics, and so
+the time, of the steps before.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from orchestrator import checkpoint, launch
+from orchestrator.collection import below, parent_run, remember_request
+from orchestrator.comparison_report import Row, write_comparison
+from orchestrator.config import RunConfig, parse_config
+from orchestrator.crew import Crew
+from orchestrator.data.sources import prepare
+from orchestrator.errors import TrainingError, UserError
+from orchestrator.launch import Lent
+from orchestrator.mlflow_tracker import MlflowTracker, Nesting, mlflow_command
+from orchestrator.ray_cluster import ray_cluster
+from orchestrator.signals import StopRequest, stop_request
+from orchestrator.storage import checkpoints_of, hold_folder
+from orchestrator.terminal import Terminal, chatter_to, duration
+from orchestrator.trunk import branch, trunk_of
+
+METHODS = {
+    "full": "full size to the end",
+    "hankel": "truncated in mid-training, as the config says",
+    "scratch": "trained at the reached dimensions from the first step",
+    "random": "truncated like hankel, but to states drawn at random",
+    "smallest": "truncated like hankel, but to what has the smallest Hankel singular values",
+    "magnitude": "trained at full size, then pruned by the magnitude of weights and fine-tuned",
+    "distill": "the reached dimensions from the first step, taught by the full-size model",
+    "hsv_regularized": "trained with a penalty on Hankel singular values, truncated at the end without more training",
+    "nuclear_regularized": "the same with dense Lyapunov solves, as it used to be",
+}
+PENALTIES = {"hsv_regularized": "hankel", "nuclear_regularized": "nuclear"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for on the command line, besides the config."""
+
+    methods: tuple[str, ...]
+    seeds: int
+    tolerances: tuple[float, ...]
+    """Of hankel; the config's own target where there are none."""
+    fine_tune: float
+    """Steps after magnitude pruning, as a share of the training."""
+    penalty: float
+    """Weight of the regularised methods' penalty."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run of the comparison belongs."""
+
+    method: str
+    size: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.size}" if self.size else self.method
+
+
+def compare(config: RunConfig, request: Request) -> list[Row]:
+    """Train every method with every seed, or what is missing of that; one row a run.
+
+    Raises:
+        UserError: a method, a number or the config is not usable; nothing has been started.
+        TrainingError: full size or truncation itself has failed, without which there is nothing to compare.
+        Interrupted: a signal ended the comparison; the same command continues it.
+    """
+    started = time.perf_counter()
+    check(config, request)
+    folder = config.storage / f"{config.name}-compare"
+    with hold_folder(folder), ExitStack() as stack:
+        base = below(config, folder)
+        remember_request(folder, {"config": base.model_dump(mode="json"), "request": asdict(request) | {"seeds": None}})
+        prepare(config.data, config.data_root)
+        terminal = stack.enter_context(chatter_to(folder / "logs" / "ray.log"))
+        stack.enter_context(ray_cluster(config))
+        stop = stack.enter_context(stop_request())
+        tracker = stack.enter_context(parent_run(config, folder, terminal.line))
+        crew = stack.enter_context(Crew(config.cluster, folder / "ray_train", folder / "logs" / "ray.log"))
+        team = _Team(crew, stop, tracker, terminal)
+        sizes = len(request.tolerances) or 1
+        total = request.seeds * (1 + sizes * (len(set(request.methods) | {"full", "hankel"}) - 1))
+        rows: list[Row] = []
+        for number in range(request.seeds):
+            seed = config.seed + number
+            own = below(config, folder / f"seed-{seed}").model_copy(update={"seed": seed})
+            for row in _train_all(own, request, team):
+                rows.append(row)
+                terminal.line(f"{len(rows)} of {total}: seed {seed}, {row.told()}")
+        table = write_comparison(folder, rows, METHODS)
+        if tracker is not None:
+            for name in ("comparison.parquet", "comparison.md", "figures/comparison.png"):
+                tracker.artifact(folder / name)
+    print(f"done in {duration(time.perf_counter() - started)}\n\n{table}")
+    print(f"  files    {folder} (comparison.md, comparison.parquet, figures, and all runs)")
+    if config.tracking.mlflow:
+        print(f"  MLflow   {mlflow_command(config)}")
+    return rows
+
+
+def check(config: RunConfig, request: Request) -> None:
+    """Everything that can be known before anything starts.
+
+    Raises:
+        UserError: in one sentence, what cannot be compared.
+    """
+    if config.truncation is None:
+        raise UserError("truncation null must say how and when to truncate: that is what is compared with the rest")
+    for method in request.methods:
+        if method not in METHODS:
+            raise UserError(f"--methods {method} must be one of {', '.join(METHODS)}")
+    if request.seeds < 1:
+        raise UserError(f"--seeds {request.seeds} must be 1 or more")
+    for tolerance in request.tolerances:
+        if not 0 < tolerance < 1:
+            raise UserError(f"--tolerance {tolerance:g} must lie between 0 and 1")
+    if not 0 < request.fine_tune <= 1:
+        raise UserError(f"--fine-tune {request.fine_tune:g} must be a share of the steps, more than 0 and at most 1")
+    if request.penalty <= 0:
+        raise UserError(f"--penalty {request.penalty:g} must be more than 0")
+    if config.truncation.stable is not None or config.truncation.guard is not None:
+        raise UserError("truncation.stable and guard must be left out: methods are compared at the same cuts")
+    for method in set(request.methods) & PENALTIES.keys():
+        _regularized(config, method, request)  # what the schema has against it
+
+
+@dataclass(frozen=True)
+class _Team:
+    """What all runs of a comparison are trained with."""
+
+    crew: Crew
+    stop: StopRequest
+    tracker: MlflowTracker | None
+    terminal: Terminal
+
+    def lent(self, place: Place) -> Lent:
+        tags = {"method": place.method, "size": place.size, "seed": str(place.seed)}
+        return Lent(self.crew, self.stop, Nesting(self.tracker.run_id if self.tracker else None, tags))
+
+
+def _train_all(base: RunConfig, request: Request, team: _Team) -> Iterator[Row]:
+    """The rows of one seed, whose runs lie in `base.storage`."""
+    wanted = [method for method in METHODS if method in request.methods and method not in ("full", "hankel")]
+    full = trunk_of(base, "full")
+    place = Place("full", "", base.seed)
+    whole = _row(place, full, launch.train(full, team.lent(place)), 0.0)
+    yield whole
+    for size, truncated in _sizes(base, request):
+        place = Place("hankel", size, base.seed)
+        cut = truncated.model_copy(update={"name": place.name})
+        branch(cut, full, team.lent(Place("full", "", base.seed)))
+        reached = _row(place, cut, launch.train(cut, team.lent(place)), 0.0)
+        yield reached
+        for method in wanted:
+            yield _opponent(Place(method, size, base.seed), cut, full, reached.final_dims, request, team, whole)
+
+
+def _sizes(base: RunConfig, request: Request) -> Iterator[tuple[str, RunConfig]]:
+    """Label and config of every size that truncation is to reach."""
+    if not request.tolerances:
+        yield "", base
+    for tolerance in request.tolerances:
+        raw = base.model_dump(mode="json")
+        raw["truncation"]["target"] = {"tolerance": tolerance}
+        yield f"{tolerance:g}", parse_config(raw)
+
+
+def _opponent(
+    place: Place,
+    cut: RunConfig,
+    full: RunConfig,
+    reached: Sequence[int],
+    request: Request,
+    team: _Team,
+    whole: Row,
+) -> Row:
+    """Train one method to the dimensions that truncation has reached. One that fails is recorded with its error."""
+    raw, lent = cut.model_dump(mode="json") | {"name": place.name}, team.lent(place)
+    small = raw["model"] | {"d_state": list(reached)}
+    charged = 0.0
+    try:
+        match place.method:
+            case "scratch":
+                config = parse_config(raw | {"model": small, "truncation": None})
+            case "distill":
+                lesson = raw["train"] | {"distill": {"teacher": str(full.storage / full.name)}}
+                config = parse_config(raw | {"model": small, "truncation": None, "train": lesson})
+                charged = whole.train_seconds
+            case "random" | "smallest":
+                drawn = {"target": {"dim": list(reached)}, "score": place.method}
+                config = parse_config(raw | {"truncation": raw["truncation"] | drawn})
+                branch(config, full, lent)
+            case "magnitude":
+                config = _pruned(raw, reached, request.fine_tune)
+                branch(config, full, lent)
+            case _:
+                config = _regularized(cut, place.method, request, place.name, reached)
+                trunk = trunk_of(config, f"{place.method}-full")
+                branch(config, trunk, team.lent(Place(trunk.name, "", place.seed)))
+        return _row(place, config, launch.train(config, lent), charged)
+    except TrainingError as error:
+        return Row.failed(place.method, place.size, place.seed, str(error))
+
+
+def _pruned(raw: dict[str, Any], reached: Sequence[int], fine_tune: float) -> RunConfig:
+    """Full size to its end, then one cut and some more steps, at the end of a learning rate that lasts as long."""
+    steps = raw["train"]["steps"]
+    more = max(1, round(fine_tune * steps))
+    cut = {"target": {"dim": list(reached)}, "score": "magnitude", "compensate": False, "steps": [steps + 1]}
+    return parse_config(raw | {"train": raw["train"] | {"steps": steps + more}, "truncation": cut})
+
+
+def _regularized(
+    config: RunConfig, method: str, request: Request, name: str = "x", reached: Sequence[int] | None = None
+) -> RunConfig:
+    """A penalty at every step, and one cut after the last."""
+    raw = config.model_dump(mode="json") | {"name": name}
+    raw["train"] |= {"regularize": {"weight": request.penalty, "form": PENALTIES[method]}}
+    target = {"dim": 1 if reached is None else list(reached)}
+    return parse_config(raw | {"truncation": {"target": target, "steps": [raw["train"]["steps"]]}})
+
+
+def _row(place: Place, config: RunConfig, summary: dict[str, Any], charged: float) -> Row:
+    """What a finished run came to; `charged` are seconds of other runs that it could not do without."""
+    folder = config.storage / config.name
+    path = checkpoint.newest(checkpoints_of(folder, config.checkpoints.storage))
+    assert path is not None, "a finished run has saved its last step"
+    shapes = checkpoint.read_manifest(path).shapes
+    return Row(
+        method=place.method,
+        size=place.size,
+        seed=place.seed,
+        error=None,
+        val_loss=summary["val_loss_final"],
+        val_accuracy=summary["val_accuracy_final"],
+        final_dims=summary["final_dims"],
+        train_seconds=summary["train_seconds"] + charged,
+        parameters=sum(math.prod(shape) for shape in shapes.values()),
+        tokens_per_s=summary["tokens_per_s_after"] or summary["tokens_per_s_before"],
+    )

@@ -1,0 +1,144 @@
+"""What a comparison has come to: a table in Markdown, one in Parquet, and a figure of quality against time."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from orchestrator.report import PALETTE
+from orchestrator.run_folder import write_whole
+from orchestrator.terminal import count, dims
+
+MARKERS = "osD^vP*Xh"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run of a comparison. `train_seconds`: with those of other runs that the method cannot do without."""
+
+    method: str
+    size: str
+    seed: int
+    error: str | None
+    val_loss: float
+    val_accuracy: float | None
+    final_dims: list[int]
+    train_seconds: float
+    parameters: int
+    tokens_per_s: float
+
+    @classmethod
+    def failed(cls, method: str, size: str, seed: int, error: str) -> Row:
+        return cls(method, size, seed, error, float("nan"), None, [], float("nan"), 0, float("nan"))
+
+    def told(self) -> str:
+        """For a person who waits."""
+        what = f"{self.method} {self.size}".strip()
+        if self.error is not None:
+            return f"{what}: failed: {self.error}"
+        quality = f"accuracy {self.val_accuracy:.1%}" if self.val_accuracy is not None else f"loss {self.val_loss:.4f}"
+        return f"{what}: {quality}, states {dims(self.final_dims)}, {self.train_seconds:.0f} s"
+
+
+def write_comparison(folder: Path, rows: Sequence[Row], methods: Mapping[str, str]) -> str:
+    """Write `comparison.parquet` with a row a run, `comparison.md` and `figures/comparison.png`; the table's text.
+
+    `methods` has the order of the table and a line about each method.
+    """
+    pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows]), folder / "comparison.parquet")
+    table = markdown(rows, methods)
+    words = "\n".join(f"- {method}: {about}" for method, about in methods.items() if method in {r.method for r in rows})
+    write_whole(folder / "comparison.md", f"{table}\n\n{words}\n")
+    (folder / "figures").mkdir(exist_ok=True)
+    FigureCanvasAgg(_figure(rows, methods)).print_png(folder / "figures" / "comparison.png")
+    return table
+
+
+def markdown(rows: Sequence[Row], methods: Mapping[str, str]) -> str:
+    """One line a method and size: means over all seeds, with the standard deviation of the quality."""
+    accuracy = any(row.val_accuracy is not None for row in rows)
+    head = [
+        "method",
+        "tolerance",
+        "accuracy" if accuracy else "held-out loss",
+        "states",
+        "time",
+        "parameters",
+        "tokens/s",
+    ]
+    lines = [f"| {' | '.join(head)} | seeds |", "|---" * (len(head) + 1) + "|"]
+    for method, size, found in _groups(rows, methods):
+        if not found:
+            failed = next(row.error for row in rows if (row.method, row.size) == (method, size))
+            lines.append(f"| {method} | {size} | failed: {failed} |" + " |" * (len(head) - 2))
+            continue
+        states = " ".join(f"{statistics.mean(layer):.3g}" for layer in zip(*(r.final_dims for r in found), strict=True))
+        cells = [
+            method,
+            size,
+            _quality(found),
+            states,
+            f"{statistics.mean(_ratio(row, rows) for row in found):.2f}",
+            count(statistics.mean(row.parameters for row in found)),
+            count(statistics.mean(row.tokens_per_s for row in found)),
+            str(len(found)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _groups(rows: Sequence[Row], methods: Mapping[str, str]) -> list[tuple[str, str, list[Row]]]:
+    """Method, size and the rows of seeds that did not fail, in the order of `methods`."""
+    sizes = list(dict.fromkeys((row.method, row.size) for row in rows))
+    return [
+        (method, size, [r for r in rows if (r.method, r.size) == (method, size) and r.error is None])
+        for method, size in sorted(sizes, key=lambda pair: list(methods).index(pair[0]))
+    ]
+
+
+def _quality(found: Sequence[Row]) -> str:
+    if found[0].val_accuracy is not None:
+        values, form = [100 * (row.val_accuracy or 0.0) for row in found], "{:.1f} %"
+    else:
+        values, form = [row.val_loss for row in found], "{:.4f}"
+    spread = f" ± {form.format(statistics.stdev(values)).removesuffix(' %')}" if len(values) > 1 else ""
+    return form.format(statistics.mean(values)) + spread
+
+
+def _ratio(row: Row, rows: Sequence[Row]) -> float:
+    """Time as a multiple of what full size took with the same seed."""
+    [full] = [other for other in rows if other.method == "full" and other.seed == row.seed]
+    return row.train_seconds / full.train_seconds
+
+
+def _figure(rows: Sequence[Row], methods: Mapping[str, str]) -> Figure:
+    figure = Figure(figsize=(9, 4.6), dpi=200, layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    axes.set_xlabel("training time, as a multiple of full size")
+    accuracy = any(row.val_accuracy is not None for row in rows)
+    axes.set_ylabel("held-out accuracy" if accuracy else "held-out loss")
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    present = [method for method in methods if method in {row.method for row in rows}]
+    for place, method in enumerate(present):
+        points = [
+            (
+                statistics.mean(_ratio(row, rows) for row in found),
+                statistics.mean((row.val_accuracy if accuracy else row.val_loss) or 0.0 for row in found),
+            )
+            for name, _, found in _groups(rows, methods)
+            if name == method and found
+        ]
+        if points:
+            x, y = zip(*points, strict=True)
+            colour, marker = PALETTE[place % len(PALETTE)], MARKERS[place % len(MARKERS)]
+            axes.scatter(x, y, s=50, color=colour, marker=marker, label=method, zorder=2)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
