@@ -204,7 +204,8 @@ def test_a_folder_has_one_driver_at_a_time_until_that_is_killed(small_run: dict[
 
 
 def _trained(folder: Path, step: int) -> bool:
-    return (folder / "metrics.jsonl").exists() and max(losses(folder), default=0) >= step
+    path = folder / "metrics.jsonl"
+    return path.exists() and "train_loss" in path.read_text() and max(losses(folder)) >= step
 
 
 def test_a_signal_ends_the_run_with_a_checkpoint(small_run: dict[str, Any]) -> None:
