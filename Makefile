@@ -4,13 +4,17 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	&& echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: train tune test fast chaos bench lint clean
+.PHONY: train tune compare test fast chaos bench lint clean
 
 train: .venv/ready
 	$(BIN)/rayduce train configs/quickstart.yaml
 
 tune: .venv/ready
 	$(BIN)/rayduce tune configs/digits_lru.yaml train.steps=400 --space timing --samples 4 --search random
+
+compare: .venv/ready
+	$(BIN)/rayduce compare configs/digits_lru.yaml train.steps=400 --seeds 2 \
+		--methods full,scratch,hankel,random,smallest,magnitude,distill,hsv_regularized
 
 test: .venv/ready
 	$(BIN)/pytest

@@ -118,6 +118,9 @@ ROTATED = {"kind": "mamba2", "n_layers": 2, "d_model": 16, "d_state": 16, "headd
         (ROTATED, {"score": "greedy"}, "it must be hankel, smallest or random"),
         (LRU, {"compensate": True}, "truncation.compensate needs .* model.kind mamba, not lru"),
         (ROTATED, {"compensate": True}, "not mamba2"),
+        (ROTATED, {"score": "magnitude"}, "it must be hankel, smallest or random"),
+        (LRU, {"target": {"dim": [4, 4, 4]}}, r"truncation.target.dim \[4, 4, 4\] must be one number, or .* 2 of them"),
+        (LRU, {"target": {"dim": [4, 17]}}, "must lie between 1 and model.d_state 16"),
     ],
 )
 def test_what_a_model_cannot_do_is_refused(
@@ -126,6 +129,15 @@ def test_what_a_model_cannot_do_is_refused(
     small_run["model"] = model
     small_run["truncation"] |= settings
     with pytest.raises(UserError, match=words):
+        parse_config(small_run)
+
+
+def test_baselines_are_refused_where_they_cannot_be(small_run: dict[str, Any]) -> None:
+    small_run["train"] |= {"regularize": {"weight": 1e-5}}
+    with pytest.raises(UserError, match=r"train\.regularize needs the linear layers of model\.kind lru, not mamba"):
+        parse_config(small_run)
+    small_run |= {"model": LRU, "cluster": {"zero_stage": 3}}
+    with pytest.raises(UserError, match=r"cluster\.zero_stage 3 must be 0, 1 or 2 with train\.regularize"):
         parse_config(small_run)
 
 

@@ -114,6 +114,11 @@ def test_targets_without_a_meaning_are_refused(arguments: dict[str, Any]) -> Non
         Target(**arguments)
 
 
+def test_each_layer_can_have_a_dim_of_its_own() -> None:
+    spectra, target = random_spectra(0, layers=3), Target(dim=(1, 2, 3))
+    assert [rank for rank, _ in choose_ranks(spectra, target, 1, 1)] == [1, 2, 3]
+
+
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 0.77])
 def test_a_fraction_is_of_each_layers_own_states(fraction: float) -> None:
     spectra = [Spectrum(tuple([1.0] * dim), dim, 1) for dim in (10, 64, 3)]

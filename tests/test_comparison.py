@@ -1,0 +1,130 @@
+"""A whole comparison, small: every method trained for real, and what the table says of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pyarrow.parquet as pq
+import pytest
+
+from orchestrator.comparison import METHODS, PENALTIES, Request, check, compare
+from orchestrator.comparison_report import Row, markdown
+from orchestrator.config import parse_config
+from orchestrator.errors import UserError
+from tests.runs import end_crews, losses
+
+SMALLER = [method for method in METHODS if method != "full"]
+
+
+@pytest.fixture
+def digits(small_run: dict[str, Any]) -> dict[str, Any]:
+    """Two LRU layers on real digits, cut once at step 4 of 20 to what the spectra say."""
+    small_run["data"] = {"source": "digits"}
+    small_run["model"] = {"kind": "lru", "n_layers": 2, "d_model": 8, "d_state": 16}
+    small_run["train"] |= {"steps": 20, "eval_every": 20, "batch_size": 10}
+    small_run["truncation"] = {"target": {"tolerance": 0.2}, "steps": [4]}
+    small_run["tracking"] = {"mlflow": True, "mlflow_uri": f"sqlite:///{small_run['storage']}/mlflow.db"}
+    return small_run
+
+
+@pytest.mark.cluster
+def test_every_method_ends_where_truncation_does(digits: dict[str, Any], local_ray: None) -> None:
+    end_crews()
+    config = parse_config(digits)
+    request = Request(tuple(METHODS), 1, (), fine_tune=0.2, penalty=1e-4)
+    rows = {row.method: row for row in compare(config, request)}
+    assert list(rows) == list(METHODS)
+    assert [row.error for row in rows.values()] == [None] * len(rows)
+    reached = rows["hankel"].final_dims
+    assert all(1 <= dim < 16 for dim in reached)
+    assert rows["full"].final_dims == [16, 16]
+    assert [rows[method].final_dims for method in SMALLER] == [reached] * len(SMALLER)
+    assert len({rows[method].parameters for method in SMALLER}) == 1
+    folder = Path(digits["storage"]) / "small-compare"
+    runs = folder / "seed-0"
+
+    # The same data order and weights up to the cut, and none of the full-size steps for what begins small.
+    whole = losses(runs / "full")
+    for method in ("hankel", "random", "smallest"):
+        assert {step: loss for step, loss in losses(runs / method).items() if step <= 4} == dict(
+            list(whole.items())[:4]
+        )
+    assert dict(list(losses(runs / "magnitude").items())[:20]) == whole
+    assert list(losses(runs / "magnitude")) == list(range(1, 25))
+    for method in PENALTIES:
+        cut = json.loads((runs / method / "summary.json").read_text())["truncations"]
+        assert [record["step"] for record in cut] == [20]
+        assert losses(runs / method)[10] != whole[10]
+
+    # Who needs the full-size model pays for it.
+    for method in ("distill", "magnitude"):
+        assert rows[method].train_seconds > rows["full"].train_seconds
+    _check_files(folder, rows)
+    _check_mlflow(digits, folder)
+
+    stamps = {path: path.stat().st_mtime_ns for path in runs.glob("*/summary.json")}
+    assert compare(config, request) == list(rows.values())
+    assert {path: path.stat().st_mtime_ns for path in runs.glob("*/summary.json")} == stamps, "nothing is trained again"
+
+
+def _check_files(folder: Path, rows: dict[str, Row]) -> None:
+    table = pq.read_table(folder / "comparison.parquet").to_pylist()
+    assert [Row(**row) for row in table] == list(rows.values())
+    text = (folder / "comparison.md").read_text()
+    assert all(f"| {method} |" in text and f"- {method}: " in text for method in METHODS)
+    assert (folder / "figures" / "comparison.png").stat().st_size > 1000
+
+
+def _check_mlflow(raw: dict[str, Any], folder: Path) -> None:
+    client = mlflow.MlflowClient(raw["tracking"]["mlflow_uri"])
+    experiment = client.get_experiment_by_name("rayduce")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    [parent] = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert parent.data.tags["mlflow.runName"] == folder.name
+    children = [run for run in runs if run is not parent]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    assert {run.data.tags["method"] for run in children} >= set(METHODS)
+
+
+def row(method: str, seed: int, accuracy: float, seconds: float, error: str | None = None) -> Row:
+    return Row(method, "", seed, error, 1.0, accuracy, [4, 6], seconds, 1000, 100.0)
+
+
+def test_the_table_has_means_over_all_seeds_and_times_of_each_seeds_own_full_size() -> None:
+    rows = [
+        row("full", 0, 0.9, 10.0),
+        row("hankel", 0, 0.8, 5.0),
+        row("full", 1, 0.7, 20.0),
+        row("hankel", 1, 0.6, 5.0),
+    ]
+    rows.append(Row.failed("distill", "", 0, "no teacher"))
+    full, hankel, distill = markdown(rows, METHODS).splitlines()[2:]
+    assert full.startswith("| full |  | 80.0 % ± 14.1 | 4 6 | 1.00 |")
+    assert hankel.startswith("| hankel |  | 70.0 % ± 14.1 | 4 6 | 0.38 |")  # the mean of 5/10 and 5/20
+    assert distill.startswith("| distill |  | failed: no teacher |")
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"methods": ("full", "pruning")}, "--methods pruning must be one of full, hankel, scratch"),
+        ({"seeds": 0}, "--seeds 0 must be 1 or more"),
+        ({"tolerances": (0.1, 1.5)}, "--tolerance 1.5 must lie between 0 and 1"),
+        ({"fine_tune": 0.0}, "--fine-tune 0 must be a share"),
+        ({"penalty": -1.0}, "--penalty -1 must be more than 0"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(digits: dict[str, Any], changed: dict[str, Any], words: str) -> None:
+    asked: dict[str, Any] = {"methods": ("full",), "seeds": 1, "tolerances": (), "fine_tune": 0.1, "penalty": 1e-5}
+    with pytest.raises(UserError, match=words):
+        check(parse_config(digits), Request(**(asked | changed)))
+
+
+def test_a_penalty_needs_linear_layers(small_run: dict[str, Any]) -> None:
+    request = Request(("hsv_regularized",), 1, (), 0.1, 1e-5)
+    with pytest.raises(UserError, match=r"train\.regularize needs the linear layers of model\.kind lru, not mamba"):
+        check(parse_config(small_run), request)
