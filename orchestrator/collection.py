@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from orchestrator.config import RunConfig, flatten
 from orchestrator.errors import UserError
 from orchestrator.mlflow_tracker import MlflowTracker, mlflow_tracker, mlflow_uri
 from orchestrator.run_folder import write_whole
+from orchestrator.tracking import closing
 
 
 def below(config: RunConfig, folder: Path) -> RunConfig:
@@ -46,13 +47,5 @@ def remember_request(folder: Path, asked: dict[str, Any]) -> None:
 def parent_run(config: RunConfig, folder: Path, warn: Callable[[str], None]) -> Iterator[MlflowTracker | None]:
     """The MLflow run above all others, for the duration of the block, whose end is its status; None without MLflow."""
     tracker = mlflow_tracker(config, folder, warn)
-    status = "FAILED"
-    try:
+    with closing(tracker) if tracker is not None else nullcontext():
         yield tracker
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        if tracker is not None:
-            tracker.close(status)

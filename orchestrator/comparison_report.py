@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from orchestrator.report import PALETTE
+from orchestrator.figures import PALETTE, figure_of, style
 from orchestrator.run_folder import write_whole
 from orchestrator.terminal import count, dims
 
@@ -119,13 +119,10 @@ def _ratio(row: Row, rows: Sequence[Row]) -> float:
 
 
 def _figure(rows: Sequence[Row], methods: Mapping[str, str]) -> Figure:
-    figure = Figure(figsize=(9, 4.6), dpi=200, layout="constrained", facecolor="white")
+    figure = figure_of(4.6)
     axes = figure.add_subplot()
-    axes.set_xlabel("training time, as a multiple of full size")
     accuracy = any(row.val_accuracy is not None for row in rows)
-    axes.set_ylabel("held-out accuracy" if accuracy else "held-out loss")
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    style(axes, "training time, as a multiple of full size", "held-out accuracy" if accuracy else "held-out loss")
     present = [method for method in methods if method in {row.method for row in rows}]
     for place, method in enumerate(present):
         points = [

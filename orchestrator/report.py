@@ -19,11 +19,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
+from orchestrator.figures import BLUE, GREY, PALETTE, SKY, VERMILION, figure_of, style
 from orchestrator.run_folder import Json, Recorded, read_run, total_bounds
 
-# Okabe and Ito's palette without its yellow, which vanishes on white.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
-BLUE, VERMILION, SKY, GREY = PALETTE[0], PALETTE[1], PALETTE[5], "#6b6b6b"
 SMOOTH_FROM = 200  # training-loss points above which a running mean is drawn over them
 CAPTIONS = {
     "loss": "Training and held-out loss. Dashed lines: truncations, with the state dimension before → after.",
@@ -76,17 +74,8 @@ def _draw(run: Recorded, folder: Path) -> list[Path]:
     return [folder / f"{name}.png" for name in figures]
 
 
-def _figure(height: float, title: str) -> Figure:
-    figure = Figure(figsize=(9, height), dpi=200, layout="constrained", facecolor="white")
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-    return figure
-
-
 def _style(axes: Axes, x_label: str, y_label: str) -> None:
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    style(axes, x_label, y_label)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
 
@@ -98,7 +87,7 @@ def _series(rows: list[Json], key: str) -> tuple[NDArray[np.float64], NDArray[np
 
 
 def _loss(run: Recorded) -> Figure:
-    figure = _figure(4.6, "Loss")
+    figure = figure_of(4.6, "Loss")
     axes = figure.add_subplot()
     _style(axes, "optimizer step", "loss")
     steps, losses = _series(run.rows, "train_loss")
@@ -165,7 +154,7 @@ def _dims_over_steps(run: Recorded) -> dict[int, dict[int, int]]:
 
 
 def _state_dims(run: Recorded) -> Figure:
-    figure = _figure(4.2, "State dimension per layer")
+    figure = figure_of(4.2, "State dimension per layer")
     axes = figure.add_subplot()
     _style(axes, "optimizer step", "state dimension (states)")
     dims = _dims_over_steps(run)
@@ -187,11 +176,11 @@ def _spectra(run: Recorded) -> Figure:
     spectra = [(plan["step"], layer) for plan in run.plans for layer in plan["layers"]]
     indices = sorted({layer["layer"] for _, layer in spectra})
     if not indices:
-        return _figure(0.5, "No probe yet: no Hankel singular values")
+        return figure_of(0.5, "No probe yet: no Hankel singular values")
     columns = {1: 1, 2: 2, 4: 2}.get(len(indices), 3)
     lines = -(-len(indices) // columns)
     height = 3.4 if columns == 1 else 2.5
-    figure = _figure(0.9 + height * lines, "Hankel singular values (HSVs) at each probe")
+    figure = figure_of(0.9 + height * lines, "Hankel singular values (HSVs) at each probe")
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     panels = dict(zip(indices, grid.flat, strict=False))
     for axes in grid.flat[len(indices) :]:
@@ -224,8 +213,8 @@ def _spectra(run: Recorded) -> Figure:
 def _drift(run: Recorded) -> Figure:
     steps = [plan["step"] for plan in run.plans]
     if len(steps) < 2:
-        return _figure(0.5, "Fewer than two probes: nothing to compare")
-    figure = _figure(4.2, "From probe to probe")
+        return figure_of(0.5, "Fewer than two probes: nothing to compare")
+    figure = figure_of(4.2, "From probe to probe")
     # Greedy elimination takes one of several states that can stand for each other: it has no overlap to show.
     compared = any(layer["overlap"] is not None for plan in run.plans for layer in plan["layers"])
     panels = {"drift": "spectrum that moved"} | ({"overlap": "kept states that stayed"} if compared else {})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import importlib.util
 import inspect
@@ -40,7 +39,7 @@ class Space:
         Raises:
             UserError: it is not one; names the space and the point.
         """
-        raw = copy.deepcopy(base.model_dump(mode="json"))
+        raw = base.model_dump(mode="json")
         for key, value in self.settings(**point).items():
             *parents, last = key.split(".")
             part = raw

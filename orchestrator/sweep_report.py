@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
 from orchestrator.errors import UserError
-from orchestrator.report import BLUE, GREY, PALETTE, TEMPLATES, VERMILION
+from orchestrator.figures import BLUE, GREEN, GREY, VERMILION, figure_of, style
+from orchestrator.report import TEMPLATES
 from orchestrator.run_folder import Json, read_metrics, write_whole
 from orchestrator.space import Space, optuna_space
 from orchestrator.trial import OUTCOME, POINT, final, measured
@@ -201,12 +202,9 @@ def _outcome(trial: Path) -> Outcome:
 
 
 def _pareto(summary: Json, folder: Path, x: str, label: str) -> Figure:
-    figure = Figure(figsize=(9, 4.6), dpi=200, layout="constrained", facecolor="white")
+    figure = figure_of(4.6)
     axes = figure.add_subplot()
-    axes.set_xlabel(label)
-    axes.set_ylabel("held-out loss")
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    style(axes, label, "held-out loss")
     found = outcomes(folder)
     for status, colour, filled in (("finished", BLUE, True), ("pruned", GREY, False)):
         points = [o.objectives for o in found if o.status == status and {x, "val_loss"} <= o.objectives.keys()]
@@ -214,9 +212,7 @@ def _pareto(summary: Json, folder: Path, x: str, label: str) -> Figure:
         _scatter(axes, points, x, status, color=colour, marker="o", facecolors=face)
     front = [o.objectives for o in pareto(found, x, "val_loss")]
     axes.plot([o[x] for o in front], [o["val_loss"] for o in front], color=BLUE, linewidth=1, zorder=1)
-    for (what, baseline), colour, marker in zip(
-        summary["baselines"].items(), (VERMILION, PALETTE[2]), "s^", strict=False
-    ):
+    for (what, baseline), colour, marker in zip(summary["baselines"].items(), (VERMILION, GREEN), "s^", strict=False):
         _scatter(axes, [baseline], x, what, color=colour, marker=marker, s=70)
     axes.legend(frameon=False)
     return figure
@@ -228,10 +224,9 @@ def _scatter(axes: Axes, points: Sequence[Mapping[str, float]], x: str, label: s
 
 
 def _importance(shares: Mapping[str, float]) -> Figure:
-    figure = Figure(figsize=(9, 0.8 + 0.4 * len(shares)), dpi=200, layout="constrained", facecolor="white")
+    figure = figure_of(0.8 + 0.4 * len(shares))
     axes = figure.add_subplot()
+    style(axes, "share of importance", "")
     names = list(shares)[::-1]
-    axes.barh(names, [shares[name] for name in names], color=BLUE)
-    axes.set_xlabel("share of importance")
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.barh(names, [shares[name] for name in names], color=BLUE, zorder=2)
     return figure

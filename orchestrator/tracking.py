@@ -93,9 +93,16 @@ def tracking(
 ) -> Iterator[RunTracker]:
     """Track a run for the duration of the block; how the block ends is the run's status."""
     tracker = RunTracker(folder, mlflow_tracker(config, folder, warn, nesting), listener)
+    with closing(tracker):
+        yield tracker
+
+
+@contextmanager
+def closing(tracker: Tracker) -> Iterator[None]:
+    """Close a tracker with how the block ends."""
     status = "FAILED"
     try:
-        yield tracker
+        yield
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Run
 from safetensors.torch import load_file
 
 from compression.plan import TruncationPlan
@@ -77,6 +79,18 @@ def losses(folder: Path) -> dict[int, float]:
 
 def plans(folder: Path) -> list[TruncationPlan]:
     return [TruncationPlan.from_json(path.read_text()) for path in sorted((folder / "plans").glob("*.json"))]
+
+
+def family(raw: dict[str, Any]) -> tuple[Run, list[Run]]:
+    """The one MLflow run without a parent, and all others, whose parent it is."""
+    client = MlflowClient(raw["tracking"]["mlflow_uri"])
+    experiment = client.get_experiment_by_name("rayduce")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    [parent] = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    children = [run for run in runs if run is not parent]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    return parent, children
 
 
 # What must not be loaded to use a model; importing any of it fails there.

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pyarrow.parquet as pq
 import pytest
 
@@ -14,7 +13,7 @@ from orchestrator.comparison import METHODS, PENALTIES, Request, check, compare
 from orchestrator.comparison_report import Row, markdown
 from orchestrator.config import parse_config
 from orchestrator.errors import UserError
-from tests.runs import end_crews, losses
+from tests.runs import end_crews, family, losses
 
 SMALLER = [method for method in METHODS if method != "full"]
 
@@ -79,14 +78,8 @@ def _check_files(folder: Path, rows: dict[str, Row]) -> None:
 
 
 def _check_mlflow(raw: dict[str, Any], folder: Path) -> None:
-    client = mlflow.MlflowClient(raw["tracking"]["mlflow_uri"])
-    experiment = client.get_experiment_by_name("rayduce")
-    assert experiment is not None
-    runs = client.search_runs([experiment.experiment_id])
-    [parent] = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    parent, children = family(raw)
     assert parent.data.tags["mlflow.runName"] == folder.name
-    children = [run for run in runs if run is not parent]
-    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
     assert {run.data.tags["method"] for run in children} >= set(METHODS)
 
 

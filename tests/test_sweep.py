@@ -16,7 +16,7 @@ import torch
 from orchestrator.config import load_config, parse_config
 from orchestrator.sweep import Request, tune_schedules
 from orchestrator.sweep_report import Outcome, outcomes, pareto
-from tests.runs import HANGS_S, end_crews, losses, saved, start, train, wait_while_running
+from tests.runs import HANGS_S, end_crews, family, losses, saved, start, train, wait_while_running
 
 TRIALS = 3
 
@@ -128,10 +128,7 @@ def test_a_worse_trial_is_pruned_and_the_next_one_has_its_workers(
     finished = [trial for trial in found.values() if trial.status == "finished"]
     assert [trial.last_step for trial in finished] == [16] * len(finished)
     assert summary["steps_trained"] < summary["steps_naive"]
-    client = mlflow.MlflowClient(one_at_a_time["tracking"]["mlflow_uri"])
-    experiment = client.get_experiment_by_name("rayduce")
-    assert experiment is not None
-    [run] = client.search_runs([experiment.experiment_id], f"tags.trial = '{bad.trial}'")
+    [run] = [run for run in family(one_at_a_time)[1] if run.data.tags["trial"] == bad.trial]
     assert run.data.tags["status"] == "pruned"
     assert run.info.status != "RUNNING"
 
@@ -170,14 +167,10 @@ def _check_results(folder: Path, found: Sequence[Outcome], output: str) -> None:
 
 def _check_mlflow(raw: dict[str, Any], folder: Path) -> None:
     client = mlflow.MlflowClient(raw["tracking"]["mlflow_uri"])
-    experiment = client.get_experiment_by_name("rayduce")
-    assert experiment is not None
-    runs = client.search_runs([experiment.experiment_id])
-    [parent] = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    parent, found = family(raw)
     assert parent.data.tags["mlflow.runName"] == folder.name
     assert {artifact.path for artifact in client.list_artifacts(parent.info.run_id)} >= {"best.yaml", "report.html"}
-    children = {run.data.tags["trial"]: run for run in runs if run is not parent}
-    assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id for run in children.values())
+    children = {run.data.tags["trial"]: run for run in found}
     assert set(children) == {"trunk", "scratch", *(f"trial-{number:05d}" for number in range(TRIALS))}
     for name, run in children.items():
         assert run.info.status == "FINISHED"
