@@ -94,9 +94,11 @@ def _tokens(prompt: str, name: str, model: LanguageModel) -> tuple[Sequence[int]
         pending += tokens
         # A token's text depends on the one before it, which may bring or take a space.
         context, text = (loaded.decode(ids, skip_special_tokens=False) for ids in (before, before + pending))
-        if tokens and text.endswith("\ufffd") and len(pending) < LONGEST_CHARACTER:
+        incomplete = text.endswith("\ufffd")
+        if tokens and incomplete and len(pending) < LONGEST_CHARACTER:
             return ""
-        before, pending = pending or before, []
+        # What was shown of half a character must not become another one with what follows.
+        before, pending = [] if incomplete else pending or before, []
         return text[len(context) :]
 
     return given, decode

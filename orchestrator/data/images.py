@@ -206,7 +206,7 @@ def _from_archive(path: Path) -> Named:
                 if name in _wanted() and content is not None:
                     files[name] = f"{path}, {member.name}", content.read()
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise UserError(f"data.path {path} is not a whole tar archive: {error}") from error
+        raise UserError(f"data.path {path} is not a whole tar archive: {' '.join(str(error).split())}") from error
     if missing := [name for name in _wanted() if name not in files]:
         raise UserError(f"data.path {path} has no member {missing[0]} or {missing[0]}.bin, as CIFAR-10's are called")
     return files
