@@ -246,7 +246,7 @@ def test_cifar_becomes_normalised_colours_row_by_row(
     folder = prepare(Cifar10(source="cifar10", path=path), tmp_path / "data")
     assert arrow.describe(folder).task == ClassificationTask(n_features=3, n_classes=10)
     for split, names in {"train": [f"data_batch_{i}" for i in range(1, 6)], "val": ["test_batch"]}.items():
-        features, labels = examples(folder, split)  # type: ignore[arg-type]
+        features, labels = examples(folder, split)
         assert features.shape == (3 * len(names), 1024, 3)
         assert labels.tolist() == [int(label) for name in names for label in batches[name][1]]
         pixels = np.concatenate([batches[name][0] for name in names])
@@ -272,7 +272,7 @@ def test_a_malicious_pickle_is_refused_and_nothing_runs(batches: Batches, protoc
     bomb = pickle.dumps({"data": _Touch(mark), "labels": [0]}, protocol=protocol)
     contents = files(batches, "py") | {"cifar-10-batches-py/data_batch_3": bomb}
     path = archive(tmp_path / "cifar.tar.gz", contents)
-    with pytest.raises(UserError, match="data_batch_3 is no batch of CIFAR-10: it (names|holds)") as refused:
+    with pytest.raises(UserError, match=r"data_batch_3 is no batch of CIFAR-10: it (names|holds)") as refused:
         prepare(Cifar10(source="cifar10", path=path), tmp_path / "data")
     assert "\n" not in str(refused.value)
     assert not mark.exists()
@@ -327,7 +327,7 @@ def test_archives_that_lead_elsewhere_are_refused(batches: Batches, tmp_path: Pa
             if link is not None:
                 member.type, member.linkname = tarfile.SYMTYPE, link
             tar.addfile(member, io.BytesIO())
-        with pytest.raises(UserError, match="is refused: its member .* leads elsewhere"):
+        with pytest.raises(UserError, match=r"is refused: its member .* leads elsewhere"):
             prepare(Cifar10(source="cifar10", path=path), tmp_path / "data")
 
 

@@ -193,9 +193,9 @@ def release(folder: Path) -> Path:
 @pytest.mark.parametrize("held_out", ["test", "val"])
 def test_files_are_read_without_their_parentheses(held_out: str, tmp_path: Path) -> None:
     path = release(tmp_path / "listops-1000")
-    folder = prepare(ListOps(source="listops", path=path, held_out=held_out), tmp_path / "data")  # type: ignore[arg-type]
+    folder = prepare(ListOps(source="listops", path=path, held_out=held_out), tmp_path / "data")
     for split, name in (("train", "train"), ("val", held_out)):
-        batch = arrow.read(folder, split)  # type: ignore[arg-type]
+        batch = arrow.read(folder, split)
         tokens = [bytes(row) for row in batch.column("tokens").to_pylist()]
         expected = [source.replace("(", "").replace(")", "").split() for source, _ in ROWS[name]]
         assert [words(row) for row in tokens] == expected

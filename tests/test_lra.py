@@ -22,7 +22,7 @@ from orchestrator.errors import UserError
 
 REVIEWS = {
     "train/neg/0_3.txt": "Dull.",
-    "train/neg/10_1.txt": "A film without end, caf\u00e9 scenes and all.<br /><br />Avoid it.",
+    "train/neg/10_1.txt": "A film without end, café scenes and all.<br /><br />Avoid it.",
     "train/pos/0_9.txt": "Wonderful!",
     "train/unsup/0_0.txt": "Neither here nor there.",
     "test/neg/0_2.txt": "Bad",
@@ -53,7 +53,7 @@ def aan(folder: Path) -> Path:
 
 def pathfinder(folder: Path, count: int = 40, kind: str = "hard") -> Path:
     """Two folders of images, of which every second shows a joined path; the first pixels say which image it is."""
-    root = folder / DIFFICULTIES[kind]  # type: ignore[index]
+    root = folder / DIFFICULTIES[kind]
     rng = np.random.default_rng(0)
     for number in range(2):
         images, metadata = root / "imgs" / str(number), root / "metadata" / f"{number}.npy"
@@ -117,10 +117,10 @@ def test_pairs_keep_their_order_and_label(held_out: Any, name: str, tmp_path: Pa
     folder = prepare(Aan(source="aan", path=path, held_out=held_out, max_length=50), tmp_path / "data")
     assert arrow.describe(folder).task == PairClassificationTask(256, 2)
     for split, part in (("train", "train"), ("val", name)):
-        assert labels(folder, split) == [pair[0] for pair in PAIRS[part]]  # type: ignore[arg-type]
+        assert labels(folder, split) == [pair[0] for pair in PAIRS[part]]
         for column, place in (("tokens", 3), ("tokens_2", 4)):
             expected = [str(pair[place]).encode()[:50] for pair in PAIRS[part]]
-            assert documents(folder, split, column) == expected  # type: ignore[arg-type]
+            assert documents(folder, split, column) == expected
 
 
 def test_batches_of_pairs_are_as_long_as_the_longest(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_images_are_grey_values_row_by_row_with_their_label(tmp_path: Path) -> N
     path = pathfinder(tmp_path / "pathfinder32")
     parts = {}
     for held_out in ("test", "val"):
-        config = Pathfinder(source="pathfinder", path=path, held_out=held_out)  # type: ignore[arg-type]
+        config = Pathfinder(source="pathfinder", path=path, held_out=held_out)
         folder = prepare(config, tmp_path / "data")
         assert arrow.describe(folder).task == ClassificationTask(1, 2)
         for split in arrow.SPLITS:
@@ -193,7 +193,7 @@ def test_images_are_grey_values_row_by_row_with_their_label(tmp_path: Path) -> N
 
 def test_difficulties_are_different_data(tmp_path: Path) -> None:
     path = pathfinder(pathfinder(tmp_path / "pathfinder32"), kind="easy")
-    names = {Pathfinder(source="pathfinder", path=path, difficulty=d).dataset_name for d in ("easy", "hard")}  # type: ignore[arg-type]
+    names = {Pathfinder(source="pathfinder", path=path, difficulty=d).dataset_name for d in ("easy", "hard")}
     assert len(names) == 2
 
 
@@ -215,7 +215,7 @@ def spoil_image(content: Callable[[bytes], bytes]) -> Callable[[Path], None]:
 
 
 def spoil_metadata(line: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / "metadata/1.npy").write_text(line)  # type: ignore[return-value]
+    return lambda folder: (folder / "metadata/1.npy").write_text(line)
 
 
 def smaller(folder: Path) -> None:
