@@ -94,9 +94,9 @@ class DocumentModel(SequenceModel):
         The mixers look back only, so how much padding there is makes no difference.
         """
         x_BLM: Tensor = self.backbone(tokens_BL)
-        counts_BL = tokens_BL != PADDING
-        sums_BM = torch.einsum("blm,bl->bm", x_BLM, counts_BL.to(x_BLM.dtype))
-        return sums_BM / counts_BL.sum(1, keepdim=True).clamp(min=1)
+        is_padding_BL = tokens_BL == PADDING
+        sums_BM = x_BLM.masked_fill(is_padding_BL[:, :, None], 0).sum(1)
+        return sums_BM / (~is_padding_BL).sum(1, keepdim=True).clamp(min=1)
 
 
 class DocumentClassifier(DocumentModel):

@@ -348,7 +348,7 @@ def test_archives_that_are_none_or_incomplete_are_refused(batches: Batches, tmp_
 
 def test_labels_and_shapes_that_are_not_cifars_are_refused(batches: Batches, tmp_path: Path) -> None:
     pixels, labels = batches["test_batch"]
-    for number_, (data, words) in enumerate(
+    for case, (data, words) in enumerate(
         [
             (python_batch(pixels, labels + 10), "holds the label 1[0-9]; labels are 0 to 9"),
             (python_batch(pixels[:, :300], labels), "must hold images of 3072 bytes with a label each"),
@@ -357,6 +357,6 @@ def test_labels_and_shapes_that_are_not_cifars_are_refused(batches: Batches, tmp
         ]
     ):
         contents = files(batches, "py") | {"cifar-10-batches-py/data_batch_2": data}
-        path = unpacked(tmp_path / str(number_), contents)
+        path = unpacked(tmp_path / str(case), contents)
         with pytest.raises(UserError, match=words):
             prepare(Cifar10(source="cifar10", path=path), tmp_path / "data")

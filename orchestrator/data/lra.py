@@ -193,7 +193,7 @@ def _read_images(files: list[tuple[Path, int]]) -> tuple[NDArray[np.uint8], Labe
         try:
             if not path.stat().st_size:
                 continue
-            with Image.open(path) as image:
+            with Image.open(path, formats=["PNG"]) as image:
                 images.append(np.asarray(image.convert("L"), np.uint8))
         except FileNotFoundError as error:
             raise cannot_be_read(error) from error

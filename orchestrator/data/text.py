@@ -91,7 +91,7 @@ class TextFiles(Source):
         if self.hub is not None or any(path.suffix in RECORDS for path in files):
             facts.append(self.field)
         if self.tokenizer is not None:
-            facts.append(tokenizer.facts(self.tokenizer))
+            facts.append(("tokenizer", tokenizer.facts(self.tokenizer)))
         return f"text-{digest(facts)}"
 
     def prepare(self, folder: Path) -> None:
