@@ -1,12 +1,13 @@
 """Tasks on top of a backbone: what goes in, what the loss is.
 
-Shapes: B batch, L time, M d_model, V vocabulary, I input features, K classes.
+Shapes: B batch, L time, M d_model, V vocabulary, I input features, K classes, 2 documents of a pair.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,6 +16,8 @@ from models.layer import State, TruncatableLayer
 
 # The target where nothing is asked; what F.cross_entropy leaves out by default.
 NOT_ASKED = -100
+# The token that fills documents up to the longest of a batch.
+PADDING = 0
 
 
 class SequenceModel(nn.Module):
@@ -89,4 +92,54 @@ class Classifier(SequenceModel):
 
     def forward(self, features_BLI: Tensor) -> Tensor:
         logits_BK: Tensor = self.head(self.backbone(features_BLI).mean(1))
+        return logits_BK
+
+
+class DocumentModel(SequenceModel):
+    """Tokens to one vector each: embedding, backbone, and the mean over all that is no padding."""
+
+    def __init__(self, vocab_size: int, d_model: int, mixers: Sequence[TruncatableLayer]) -> None:
+        super().__init__(Backbone(nn.Embedding(vocab_size, d_model), mixers, d_model))
+
+    def encode(self, tokens_BL: Tensor) -> Tensor:
+        """(B, L) int64, documents with PADDING behind them -> (B, M); zeros for a document without a token.
+
+        The mixers look back only, so how much padding there is makes no difference.
+        """
+        x_BLM: Tensor = self.backbone(tokens_BL)
+        is_padding_BL = tokens_BL == PADDING
+        sums_BM = x_BLM.masked_fill(is_padding_BL[:, :, None], 0).sum(1)
+        return sums_BM / (~is_padding_BL).sum(1, keepdim=True).clamp(min=1)
+
+
+class DocumentClassifier(DocumentModel):
+    """Documents to classes: tokens (B, L) int64 -> logits (B, K)."""
+
+    def __init__(self, vocab_size: int, n_classes: int, d_model: int, mixers: Sequence[TruncatableLayer]) -> None:
+        super().__init__(vocab_size, d_model, mixers)
+        self.head = nn.Linear(d_model, n_classes)
+
+    def forward(self, tokens_BL: Tensor) -> Tensor:
+        logits_BK: Tensor = self.head(self.encode(tokens_BL))
+        return logits_BK
+
+
+class PairClassifier(DocumentModel):
+    """Pairs of documents to classes: tokens (B, 2, L) int64 -> logits (B, K).
+
+    Both are encoded alike; their encodings, product and difference go through two hidden layers, as in the retrieval
+    task of Long Range Arena (arXiv 2011.04006, `classifier_head_dual` of its code).
+    """
+
+    def __init__(self, vocab_size: int, n_classes: int, d_model: int, mixers: Sequence[TruncatableLayer]) -> None:
+        super().__init__(vocab_size, d_model, mixers)
+        half = max(1, d_model // 2)
+        self.head = nn.Sequential(
+            nn.Linear(4 * d_model, d_model), nn.ReLU(), nn.Linear(d_model, half), nn.ReLU(), nn.Linear(half, n_classes)
+        )
+
+    def forward(self, tokens_B2L: Tensor) -> Tensor:
+        first_BM, second_BM = self.encode(tokens_B2L.flatten(0, 1)).reshape(len(tokens_B2L), 2, -1).unbind(1)
+        both = torch.cat([first_BM, second_BM, first_BM * second_BM, first_BM - second_BM], dim=-1)
+        logits_BK: Tensor = self.head(both)
         return logits_BK

@@ -8,7 +8,14 @@ from typing import Annotated
 
 from pydantic import Field
 
-from models.heads import Classifier, LanguageModel, SequenceModel, TokenModel
+from models.heads import (
+    Classifier,
+    DocumentClassifier,
+    LanguageModel,
+    PairClassifier,
+    SequenceModel,
+    TokenModel,
+)
 from models.layer import TruncatableLayer
 from models.lru import LRU, LRUConfig
 from models.mamba import Mamba, MambaConfig
@@ -40,7 +47,23 @@ class ClassificationTask:
     n_classes: int
 
 
-Task = LanguageTask | RecallTask | ClassificationTask
+@dataclass(frozen=True)
+class TokenClassificationTask:
+    """Tell documents of `vocab_size` tokens, of which 0 is padding, apart into `n_classes`."""
+
+    vocab_size: int
+    n_classes: int
+
+
+@dataclass(frozen=True)
+class PairClassificationTask:
+    """The same for pairs of documents."""
+
+    vocab_size: int
+    n_classes: int
+
+
+Task = LanguageTask | RecallTask | ClassificationTask | TokenClassificationTask | PairClassificationTask
 
 
 def build_model(
@@ -63,6 +86,10 @@ def build_model(
             return TokenModel(task.vocab_size, config.d_model, mixers)
         case ClassificationTask():
             return Classifier(task.n_features, task.n_classes, config.d_model, mixers)
+        case TokenClassificationTask():
+            return DocumentClassifier(task.vocab_size, task.n_classes, config.d_model, mixers)
+        case PairClassificationTask():
+            return PairClassifier(task.vocab_size, task.n_classes, config.d_model, mixers)
 
 
 def build_mixer(config: AnyConfig, layer: int, d_state: int) -> TruncatableLayer:

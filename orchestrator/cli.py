@@ -178,9 +178,11 @@ def compare(
 @main.command()
 @click.argument("run")
 @click.option("--prompt", metavar="TEXT", default="", help="What the text begins with; by default a new line.")
-@click.option("--tokens", default=256, show_default=True, help="How many bytes to generate.")
-@click.option("--temperature", default=0.8, show_default=True, help="0 always takes the likeliest byte.")
-@click.option("--top-k", type=int, metavar="K", help="Draw from the K likeliest bytes only.")
+@click.option(
+    "--tokens", default=256, show_default=True, help="How many bytes to generate, or tokens of the run's tokenizer."
+)
+@click.option("--temperature", default=0.8, show_default=True, help="0 always takes the likeliest byte or token.")
+@click.option("--top-k", type=int, metavar="K", help="Draw from the K likeliest bytes or tokens only.")
 @click.option("--seed", type=int, help="The same seed draws the same text.")
 @_told_plainly
 def generate(run: str, prompt: str, tokens: int, temperature: float, top_k: int | None, seed: int | None) -> None:
@@ -247,13 +249,20 @@ def data() -> None:
 @_told_plainly
 def data_list() -> None:
     """List the sources that `data.source` can name, with their settings."""
+    from inspect import cleandoc
+    from textwrap import indent
+
     from orchestrator.data.sources import SOURCES
 
     for name, source in SOURCES.items():
-        print(f"{name}\n  {source.__doc__}")
+        print(f"{name}\n{indent(cleandoc(source.__doc__ or ''), '  ')}")
         for key, field in source.model_fields.items():
             if key != "source":
-                default = "required" if field.is_required() else f"default {field.default}"
+                default = (
+                    "required"
+                    if field.is_required()
+                    else f"default {'none' if field.default is None else field.default}"
+                )
                 print(f"    data.{key}: {field.description} ({default})")
 
 
@@ -275,6 +284,7 @@ def data_prepare(name: str, settings: tuple[str, ...], data_root: Path) -> None:
     Examples:
       rayduce data prepare stdlib
       rayduce data prepare text path=book.txt
+      rayduce data prepare cifar10 path=cifar-10-python.tar.gz
     """
     from orchestrator.config import parse_data
     from orchestrator.data.sources import prepare

@@ -31,7 +31,9 @@ from compression.schedule import Stable, Steps, Window
 from compression.scores import Score
 from models.mamba2 import Mamba2Config
 from models.registry import ModelConfig
-from orchestrator.data.sources import AnySource, DataConfig, StdlibText, TextFiles, absolute
+from orchestrator.data.source import absolute
+from orchestrator.data.sources import AnySource, DataConfig
+from orchestrator.data.text import StdlibText, TextFiles
 from orchestrator.errors import UserError
 
 Share = Annotated[float, Field(ge=0, lt=1)]

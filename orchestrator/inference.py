@@ -8,17 +8,33 @@ from pathlib import Path
 import yaml
 
 from models.heads import SequenceModel
-from models.registry import ClassificationTask, LanguageTask, RecallTask, Task, build_model
+from models.registry import (
+    ClassificationTask,
+    LanguageTask,
+    PairClassificationTask,
+    RecallTask,
+    Task,
+    TokenClassificationTask,
+    build_model,
+)
 from orchestrator import checkpoint
 from orchestrator.config import RunConfig, parse_config
+from orchestrator.data.listops import ListOps
+from orchestrator.data.lra import Aan, Imdb
 from orchestrator.data.recall import Recall
+from orchestrator.data.text import StdlibText, TextFiles
 from orchestrator.errors import UserError
 from orchestrator.filesystem import Folder
 from orchestrator.storage import checkpoints_of
 
 
 def load_model(run: Path | str) -> SequenceModel:
-    """The model of a run's newest complete checkpoint, in float32 on the CPU, set to evaluation.
+    """The model alone, as `load_run` gives it."""
+    return load_run(run)[0]
+
+
+def load_run(run: Path | str) -> tuple[SequenceModel, RunConfig]:
+    """The config of a run, and the model of its newest complete checkpoint, in float32 on the CPU, set to evaluation.
 
     `run` is the run's folder, or the URI of the folder with its checkpoints, such as s3://bucket/checkpoints/NAME.
     The run may be training, finished or killed; its dataset is not needed.
@@ -35,7 +51,7 @@ def load_model(run: Path | str) -> SequenceModel:
     values = checkpoint.load_values(path, manifest)
     assert values.keys() == dict(model.named_parameters()).keys()
     model.load_state_dict(values, strict=False)  # tied weights are one parameter with two names
-    return model.eval()
+    return model.eval(), config
 
 
 def _checkpoints(run: Path | str) -> Folder:
@@ -53,9 +69,15 @@ def _checkpoints(run: Path | str) -> Folder:
 
 
 def _task(config: RunConfig, shapes: Mapping[str, tuple[int, ...]]) -> Task:
-    if isinstance(config.data, Recall):
-        return RecallTask(config.data.vocab_size)
     embedding = shapes["backbone.embedding.weight"]
-    if "head.weight" in shapes:
-        return ClassificationTask(n_features=embedding[1], n_classes=shapes["head.weight"][0])
-    return LanguageTask(vocab_size=embedding[0])
+    match config.data:
+        case StdlibText() | TextFiles():
+            return LanguageTask(vocab_size=embedding[0])
+        case Recall():
+            return RecallTask(config.data.vocab_size)
+        case ListOps() | Imdb():
+            return TokenClassificationTask(embedding[0], n_classes=shapes["head.weight"][0])
+        case Aan():
+            return PairClassificationTask(embedding[0], n_classes=shapes["head.4.weight"][0])
+        case _:
+            return ClassificationTask(n_features=embedding[1], n_classes=shapes["head.weight"][0])

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from models.heads import NOT_ASKED
+from orchestrator.cli import main
 from orchestrator.data import arrow
 from orchestrator.data.batches import Batch, TrainBatches, validation_batches
+from orchestrator.data.images import Digits
 from orchestrator.data.recall import Recall
-from orchestrator.data.sources import Digits, StdlibText, TextFiles, prepare
+from orchestrator.data.sources import SOURCES, prepare
+from orchestrator.data.text import StdlibText, TextFiles
 from orchestrator.errors import UserError
 
 
@@ -161,3 +166,24 @@ def test_damaged_datasets_are_refused_by_name(tmp_path: Path) -> None:
     (folder / arrow.DESCRIPTION).write_text("{")
     with pytest.raises(UserError, match=r"dataset\.json is damaged"):
         arrow.describe(folder)
+
+
+def test_every_source_is_listed_with_all_its_settings() -> None:
+    listed = CliRunner().invoke(main, ["data", "list"])
+    assert listed.exit_code == 0
+    blocks = re.split(r"^(?=\w)", listed.output, flags=re.MULTILINE)[1:]
+    assert [block.split("\n", 1)[0] for block in blocks] == list(SOURCES)
+    for block, source in zip(blocks, SOURCES.values(), strict=True):
+        named = re.findall(r"^    data\.(\w+): .+ \((?:required|default .+)\)$", block, flags=re.MULTILINE)
+        assert named == [name for name in source.model_fields if name != "source"]
+
+
+def test_a_dataset_is_prepared_by_command(tmp_path: Path) -> None:
+    settings = ["min_length=2", "max_length=9", "train_examples=30", "held_out_examples=5"]
+    arguments = ["data", "prepare", "--data-root", str(tmp_path), "listops"]
+    done = CliRunner().invoke(main, [*arguments, *settings])
+    assert done.exit_code == 0
+    assert arrow.read(Path(done.output.strip()), "train").num_rows == 30
+    refused = CliRunner().invoke(main, [*arguments, "max_depth=1"])
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith("rayduce: data.max_depth is 1: ")

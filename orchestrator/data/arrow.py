@@ -1,8 +1,10 @@
 """A dataset on disk: one memory-mapped Arrow file per split and a small description beside them.
 
-A dataset is one of three kinds. "tokens": a flat column of uint8 tokens, cut into windows when it is read.
-"examples": a column of float32 feature vectors (a fixed-size list per example) and a column of labels.
-"sequences": a column of uint16 tokens and one of int32 targets, both fixed-size lists as long as a sequence.
+A dataset is one of five kinds. "tokens": a flat column of tokens, cut into windows when it is read; uint8 for bytes,
+else what the vocabulary needs. "examples": a column of float32 feature vectors (a fixed-size list per example) and a
+column of labels. "sequences": a column of uint16 tokens and one of int32 targets, both fixed-size lists as long as a
+sequence. "documents": a column of uint8 tokens, lists of different lengths, and a column of labels. "pairs": the same
+with a second column of tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,12 +23,20 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from models.registry import ClassificationTask, LanguageTask, RecallTask, Task
+from models.registry import (
+    ClassificationTask,
+    LanguageTask,
+    PairClassificationTask,
+    RecallTask,
+    Task,
+    TokenClassificationTask,
+)
 from orchestrator.errors import UserError
 
 DESCRIPTION = "dataset.json"
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, Split] = ("train", "val")
+DOCUMENT_COLUMNS = ("tokens", "tokens_2")
 
 
 class Description(BaseModel):
@@ -35,7 +45,7 @@ class Description(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal[1] = 1
-    kind: Literal["tokens", "examples", "sequences"]
+    kind: Literal["tokens", "examples", "sequences", "documents", "pairs"]
     origin: str
     vocab_size: int = 0
     n_features: int = 0
@@ -51,12 +61,35 @@ class Description(BaseModel):
                 return ClassificationTask(self.n_features, self.n_classes)
             case "sequences":
                 return RecallTask(self.vocab_size)
+            case "documents":
+                return TokenClassificationTask(self.vocab_size, self.n_classes)
+            case "pairs":
+                return PairClassificationTask(self.vocab_size, self.n_classes)
 
 
-def write_tokens(folder: Path, splits: Mapping[Split, NDArray[np.uint8]], origin: str) -> None:
-    """Write byte-level text, one array of tokens per split. An existing folder is left as it is."""
+class Documents:
+    """Byte strings of different lengths, one behind the other in memory."""
+
+    def __init__(self, documents: Iterable[bytes] = ()) -> None:
+        self._flat, self._offsets = bytearray(), [0]
+        for document in documents:
+            self.add(document)
+
+    def add(self, document: bytes) -> None:
+        self._flat += document
+        self._offsets.append(len(self._flat))
+
+    def column(self) -> pa.LargeListArray:
+        flat = np.frombuffer(self._flat, np.uint8)
+        return pa.LargeListArray.from_arrays(pa.array(self._offsets, pa.int64()), pa.array(flat))
+
+
+def write_tokens(
+    folder: Path, splits: Mapping[Split, NDArray[np.unsignedinteger]], origin: str, vocab_size: int = 256
+) -> None:
+    """Write text, one array of tokens per split, bytes or a tokenizer's. An existing folder is left as it is."""
     tables = {split: pa.table({"tokens": pa.array(tokens)}) for split, tokens in splits.items()}
-    _write(folder, tables, kind="tokens", origin=origin, vocab_size=256)
+    _write(folder, tables, kind="tokens", origin=origin, vocab_size=vocab_size)
 
 
 def write_examples(
@@ -85,6 +118,25 @@ def write_sequences(
         for split, (tokens, targets) in splits.items()
     }
     _write(folder, tables, kind="sequences", origin=origin, vocab_size=vocab_size)
+
+
+def write_documents(
+    folder: Path,
+    splits: Mapping[Split, tuple[Sequence[Documents], NDArray[np.int64]]],
+    vocab_size: int,
+    n_classes: int,
+    origin: str,
+) -> None:
+    """Write labelled documents, or pairs of them: one or two columns of documents and labels (examples,) per split.
+
+    Token 0 is padding, which no document holds.
+    """
+    tables = {}
+    for split, (columns, labels) in splits.items():
+        named = {name: documents.column() for name, documents in zip(DOCUMENT_COLUMNS, columns, strict=False)}
+        tables[split] = pa.table(named | {"label": pa.array(labels)})
+    kind = "pairs" if len(splits["train"][0]) == 2 else "documents"
+    _write(folder, tables, kind=kind, origin=origin, vocab_size=vocab_size, n_classes=n_classes)
 
 
 def _lists(values: NDArray[Any]) -> pa.FixedSizeListArray:

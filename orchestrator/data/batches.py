@@ -3,7 +3,7 @@
 Rank and number of workers only say which rows of it a worker takes, so any number of workers sees the same
 global batches and a resumed run continues exactly.
 
-Shapes: B rows of this worker, L time, I features.
+Shapes: B rows of this worker, L time, I features, 2 documents of a pair.
 """
 
 from __future__ import annotations
@@ -19,14 +19,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.heads import NOT_ASKED
+from models.heads import NOT_ASKED, PADDING
 from orchestrator.data import arrow
 from orchestrator.errors import UserError
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs and what is asked: (B, L) and (B, L) int64 with NOT_ASKED, or (B, L, I) float32 and (B,) int64."""
+    """Inputs and what is asked.
+
+    Tokens (B, L) and targets (B, L) int64 with NOT_ASKED; or labels (B,) int64 with features (B, L, I) float32, with
+    documents (B, L) int64, or with pairs of them (B, 2, L) int64, both filled up with PADDING.
+    """
 
     inputs: Tensor
     targets: Tensor
@@ -44,11 +48,14 @@ class Batch:
         return Batch(self.inputs, torch.full_like(self.targets, NOT_ASKED))
 
 
+# `take`: the rows of a worker, of which `part` says which of the global batch's `rows` they are.
+
+
 class _TokenWindows:
     """Windows of seq_len + 1 tokens that overlap by one, so that every token but the first is predicted once."""
 
     def __init__(self, folder: Path, split: arrow.Split, seq_len: int) -> None:
-        self.tokens: NDArray[np.uint8] = arrow.read(folder, split).column("tokens").to_numpy()
+        self.tokens: NDArray[np.unsignedinteger] = arrow.read(folder, split).column("tokens").to_numpy()
         self.seq_len = seq_len
         self.length = (len(self.tokens) - 1) // seq_len
         if self.length < 1:
@@ -57,8 +64,8 @@ class _TokenWindows:
                 f"{len(self.tokens)}"
             )
 
-    def take(self, rows: NDArray[np.int64]) -> Batch:
-        index = rows[:, None] * self.seq_len + np.arange(self.seq_len + 1)
+    def take(self, rows: NDArray[np.int64], part: slice) -> Batch:
+        index = rows[part, None] * self.seq_len + np.arange(self.seq_len + 1)
         window_BL = torch.from_numpy(self.tokens[index].astype(np.int64))
         return Batch(window_BL[:, :-1], window_BL[:, 1:])
 
@@ -72,8 +79,9 @@ class _Examples:
         self.features_XLI: NDArray[np.float32] = flat.reshape(self.length, -1, arrow.describe(folder).n_features)
         self.seq_len = self.features_XLI.shape[1]
 
-    def take(self, rows: NDArray[np.int64]) -> Batch:
-        return Batch(torch.from_numpy(self.features_XLI[rows]), torch.from_numpy(self.labels[rows]))
+    def take(self, rows: NDArray[np.int64], part: slice) -> Batch:
+        own = rows[part]
+        return Batch(torch.from_numpy(self.features_XLI[own]), torch.from_numpy(self.labels[own]))
 
 
 class _Sequences:
@@ -84,9 +92,39 @@ class _Sequences:
         self.targets_XL: NDArray[np.int32] = _rows(batch, "targets")
         self.seq_len = self.tokens_XL.shape[1]
 
-    def take(self, rows: NDArray[np.int64]) -> Batch:
-        tokens, targets = self.tokens_XL[rows].astype(np.int64), self.targets_XL[rows].astype(np.int64)
+    def take(self, rows: NDArray[np.int64], part: slice) -> Batch:
+        own = rows[part]
+        tokens, targets = self.tokens_XL[own].astype(np.int64), self.targets_XL[own].astype(np.int64)
         return Batch(torch.from_numpy(tokens), torch.from_numpy(targets))
+
+
+class _Documents:
+    """Documents or pairs of them, as long as the longest of the global batch, however many workers share it."""
+
+    def __init__(self, folder: Path, split: arrow.Split) -> None:
+        batch = arrow.read(folder, split)
+        self.labels: NDArray[np.int64] = batch.column("label").to_numpy()
+        self.length = len(self.labels)
+        names = [name for name in arrow.DOCUMENT_COLUMNS if name in batch.schema.names]
+        columns = [batch.column(name) for name in names]
+        self.flat: list[NDArray[np.uint8]] = [column.values.to_numpy() for column in columns]
+        self.offsets: list[NDArray[np.int64]] = [column.offsets.to_numpy() for column in columns]
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of an example, on average and without padding."""
+        return max(1, round(sum(len(flat) for flat in self.flat) / self.length))
+
+    def take(self, rows: NDArray[np.int64], part: slice) -> Batch:
+        longest = max(int((offsets[rows + 1] - offsets[rows]).max()) for offsets in self.offsets)
+        own = rows[part]
+        tokens = np.full((len(own), len(self.flat), max(1, longest)), PADDING, np.int64)
+        for column, (flat, offsets) in enumerate(zip(self.flat, self.offsets, strict=True)):
+            for place, row in enumerate(own):
+                document = flat[offsets[row] : offsets[row + 1]]
+                tokens[place, column, : len(document)] = document
+        inputs = torch.from_numpy(tokens)
+        return Batch(inputs if len(self.flat) == 2 else inputs[:, 0], torch.from_numpy(self.labels[own]))
 
 
 def _rows(batch: pa.RecordBatch, column: str) -> NDArray[Any]:
@@ -95,7 +133,10 @@ def _rows(batch: pa.RecordBatch, column: str) -> NDArray[Any]:
     return flat.reshape(batch.num_rows, -1)
 
 
-def _open(folder: Path, split: arrow.Split, seq_len: int | None) -> _TokenWindows | _Examples | _Sequences:
+_Data = _TokenWindows | _Examples | _Sequences | _Documents
+
+
+def _open(folder: Path, split: arrow.Split, seq_len: int | None) -> _Data:
     match arrow.describe(folder).kind:
         case "tokens":
             assert seq_len is not None, "sources of text have a length to cut it to"
@@ -104,6 +145,8 @@ def _open(folder: Path, split: arrow.Split, seq_len: int | None) -> _TokenWindow
             return _Examples(folder, split)
         case "sequences":
             return _Sequences(folder, split)
+        case "documents" | "pairs":
+            return _Documents(folder, split)
 
 
 class TrainBatches:
@@ -128,10 +171,10 @@ class TrainBatches:
         """This worker's rows of the batch of `step` (from 1), which has `factor` times as many sequences as usual."""
         size = factor * self._batch_size
         first, last = (size * rank // self._workers for rank in (self._rank, self._rank + 1))
-        positions = (step - 1) * size + np.arange(first, last)
+        positions = (step - 1) * size + np.arange(size)
         epochs, places = np.divmod(positions, self._data.length)
         rows = np.array([self._order(int(e))[p] for e, p in zip(epochs, places, strict=True)])
-        return self._data.take(rows)
+        return self._data.take(rows, slice(first, last))
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         if epoch not in self._orders:
@@ -154,5 +197,6 @@ def validation_batches(
     count = min(data.length, n_batches * batch_size)
     rows = np.linspace(0, data.length, count, endpoint=False).astype(np.int64)
     for first in range(0, count, batch_size):
-        own = rows[first : first + batch_size][rank::world_size]
-        yield data.take(own) if len(own) else data.take(rows[:1]).unasked()
+        whole = rows[first : first + batch_size]
+        none_left = rank >= len(whole)
+        yield data.take(whole, slice(1)).unasked() if none_left else data.take(whole, slice(rank, None, world_size))

@@ -14,20 +14,19 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from models.heads import NOT_ASKED
 from orchestrator.data import arrow
+from orchestrator.data.source import Source
 
 FILLER = 0
 Tokens = NDArray[np.uint16]
 Targets = NDArray[np.int32]
 
 
-class Recall(BaseModel):
+class Recall(Source):
     """Multi-query associative recall: random keys with their values, then the keys again, whose values are asked."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     source: Literal["recall"]
     seq_len: int = Field(128, ge=4, description="Tokens per sequence, at least four per pair.")
