@@ -119,6 +119,10 @@ class DocumentClassifier(DocumentModel):
         super().__init__(vocab_size, d_model, mixers)
         self.head = nn.Linear(d_model, n_classes)
 
+    @property
+    def answers(self) -> int:
+        return self.head.out_features
+
     def forward(self, tokens_BL: Tensor) -> Tensor:
         logits_BK: Tensor = self.head(self.encode(tokens_BL))
         return logits_BK
@@ -133,10 +137,15 @@ class PairClassifier(DocumentModel):
 
     def __init__(self, vocab_size: int, n_classes: int, d_model: int, mixers: Sequence[TruncatableLayer]) -> None:
         super().__init__(vocab_size, d_model, mixers)
+        self._n_classes = n_classes
         half = max(1, d_model // 2)
         self.head = nn.Sequential(
             nn.Linear(4 * d_model, d_model), nn.ReLU(), nn.Linear(d_model, half), nn.ReLU(), nn.Linear(half, n_classes)
         )
+
+    @property
+    def answers(self) -> int:
+        return self._n_classes
 
     def forward(self, tokens_B2L: Tensor) -> Tensor:
         first_BM, second_BM = self.encode(tokens_B2L.flatten(0, 1)).reshape(len(tokens_B2L), 2, -1).unbind(1)
