@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	&& echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: train tune compare test fast chaos bench lint clean
+.PHONY: train tune compare test fast chaos long bench lint clean
 
 train: .venv/ready
 	$(BIN)/rayduce train configs/quickstart.yaml
@@ -20,10 +20,13 @@ test: .venv/ready
 	$(BIN)/pytest
 
 fast: .venv/ready
-	$(BIN)/pytest -m "not cluster and not chaos"
+	$(BIN)/pytest -m "not cluster and not long"
 
 chaos: .venv/ready
 	$(BIN)/pytest tests/chaos -m cluster
+
+long: .venv/ready
+	$(BIN)/pytest -m long
 
 bench: .venv/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'

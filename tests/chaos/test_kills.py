@@ -29,7 +29,7 @@ def runs() -> Iterator[Any]:
     """Each run goes through a kill at every point, one after the other."""
     yield pytest.param(2, MIXED, id="ZeRO-2, one at each point")
     for stage, victim in itertools.product((0, 1, 2, 3), VICTIMS):
-        yield pytest.param(stage, (victim,) * len(POINTS), marks=pytest.mark.chaos, id=f"ZeRO-{stage}, {victim}")
+        yield pytest.param(stage, (victim,) * len(POINTS), marks=pytest.mark.long, id=f"ZeRO-{stage}, {victim}")
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def ends_like(raw: dict[str, Any], undisturbed: Path) -> bool:
     return losses(folder) == losses(undisturbed) and all(torch.equal(ended[key], reference[key]) for key in reference)
 
 
-@pytest.mark.chaos
+@pytest.mark.long
 def test_a_worker_that_hangs_is_lost(
     tracked: dict[str, Any], undisturbed: Callable[[int], Path], table: list[tuple[str, str, str]]
 ) -> None:
@@ -116,7 +116,7 @@ def test_a_worker_that_hangs_is_lost(
     assert outcome.seconds[0] < 30 + 2 * killed.seconds[0]
 
 
-@pytest.mark.chaos
+@pytest.mark.long
 def test_after_too_many_failures_the_same_command_continues(
     tracked: dict[str, Any], undisturbed: Callable[[int], Path]
 ) -> None:
@@ -131,7 +131,7 @@ def test_after_too_many_failures_the_same_command_continues(
     assert ends_like(tracked, undisturbed(2))
 
 
-@pytest.mark.chaos
+@pytest.mark.long
 def test_a_killed_driver_leaves_nothing_on_a_shared_cluster(
     small_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster
 from tests.chaos.harness import POINTS, Points, began
 from tests.runs import HANGS_S, losses, plans, saved, start, wait_until
 
-pytestmark = [pytest.mark.cluster, pytest.mark.chaos]
+pytestmark = [pytest.mark.cluster, pytest.mark.long]
 
 
 @pytest.fixture
