@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -54,6 +54,10 @@ class Space:
             config = parse_config(raw)
         except UserError as error:
             raise UserError(f"space {self.name} at {where}: {error}") from error
+        if config.truncation is None:
+            raise UserError(
+                f"space {self.name} at {where}: truncation null must say how far to cut: a sweep is over schedules"
+            )
         if config.cluster != base.cluster:
             raise UserError(f"space {self.name} at {where}: cluster must be the same for all trials, who share workers")
         return config
@@ -80,8 +84,16 @@ class Space:
         for name, values in columns.items():
             for value in values:
                 self.config(base, middle | {name: value})
-        for end in (0, -1):
-            self.config(base, {name: values[end] for name, values in columns.items()})
+        for point in self.corners():
+            self.config(base, point)
+
+    def corners(self) -> list[Point]:
+        """The point with the low ends of all knobs, and the one with their high ends."""
+        return [{name: values[end] for name, values in self.ends().items()} for end in (0, -1)]
+
+    def latest_first_cut(self, base: RunConfig, points: Sequence[Point]) -> int:
+        """The step at which the last of these points and the corners is first probed."""
+        return max(self.config(base, point).probe_steps[0] for point in (*points, *self.corners()))
 
 
 def load_space(name: str) -> Space:

@@ -179,7 +179,7 @@ def _run(sweep: Sweep, request: Request, points: Sequence[Point], total: int, te
         )
         tune_config = tune.TuneConfig(
             search_alg=searcher,
-            scheduler=_scheduler(sweep.base, request),
+            scheduler=_scheduler(sweep, request, points),
             num_samples=total,
             max_concurrent_trials=_slots(sweep.base),
             reuse_actors=True,
@@ -244,10 +244,12 @@ def _shown(folder: Path, total: int, objective: str, terminal: Terminal) -> Iter
         terminal.finish()
 
 
-def _scheduler(base: RunConfig, request: Request) -> TrialScheduler:
+def _scheduler(sweep: Sweep, request: Request, points: Sequence[Point]) -> TrialScheduler:
     if request.pruning == "none":
         return FIFOScheduler()
-    metric, grace = request.objectives[0], max(1, int(GRACE * base.train.steps))
+    base, metric = sweep.base, request.objectives[0]
+    # Not before all have been cut: beside one that has not been, every cut looks bad.
+    grace = max(int(GRACE * base.train.steps), sweep.space.latest_first_cut(base, points)) + 1
     which: dict[str, Any] = {"time_attr": "step", "metric": metric, "mode": OBJECTIVES[metric]}
     if request.pruning == "asha":
         return ASHAScheduler(

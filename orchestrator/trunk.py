@@ -42,8 +42,7 @@ def trunk_of(trial: RunConfig, name: str = NAME) -> RunConfig:
 
 def share_a_trunk(space: Space, base: RunConfig, points: Sequence[Point]) -> bool:
     """Whether trials differ only from their first cut on, as far as these points and the space's ends tell."""
-    ends = ({name: values[end] for name, values in space.ends().items()} for end in (0, -1))
-    trunks = [trunk_of(space.config(base, point)) for point in (*points, *ends)]
+    trunks = [trunk_of(space.config(base, point)) for point in (*points, *space.corners())]
     return all(trunk == trunks[0] for trunk in trunks)
 
 

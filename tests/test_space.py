@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 from optuna.distributions import BaseDistribution
+from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
 
 from orchestrator.config import RunConfig, load_config, parse_config
 from orchestrator.errors import UserError
 from orchestrator.space import Space, load_space, names, optuna_space
-from orchestrator.sweep import Request, check
+from orchestrator.sweep import Request, _scheduler, check
+from orchestrator.trial import Sweep
 from orchestrator.trunk import share_a_trunk, trunk_of
 from tune_spaces.knobs import Choice, Float, Integer
 
@@ -113,6 +115,24 @@ def test_what_cannot_be_asked_is_refused_in_one_sentence(
 ) -> None:
     with pytest.raises(UserError, match=sentence):
         check(base, request_of(**({"space": "timing"} | changes)))
+
+
+def test_trials_are_judged_when_all_have_been_cut(base: RunConfig) -> None:
+    """Of 200 steps, `timing` cuts after at most 80, and a quarter of the training is 50."""
+    assert load_space("timing").latest_first_cut(base, []) == 80
+    sweep = Sweep(base, load_space("timing"), shared=True, parent_run_id=None)
+    asha, median = (_scheduler(sweep, request_of("timing", pruning=name), [{"at": 0.3}]) for name in ("asha", "median"))
+    assert isinstance(asha, ASHAScheduler)
+    assert isinstance(median, MedianStoppingRule)
+    assert [rung for rung, _ in asha._brackets[0]._rungs] == [81]
+    assert median._grace_period == 81
+
+
+def test_a_sweep_needs_something_to_cut(base: RunConfig) -> None:
+    uncut = base.model_copy(update={"truncation": None})
+    space = Space("rate", {"lr": Float(0.001, 0.1, "Learning rate.")}, lambda lr: {"train.lr": lr})
+    with pytest.raises(UserError, match="truncation null must say how far to cut"):
+        space.check(uncut)
 
 
 def test_trials_that_differ_from_the_start_share_nothing(base: RunConfig) -> None:
