@@ -76,17 +76,21 @@ class Crew:
         self.foreman = ray.remote(Foreman).options(**options).remote()
         self._number = 0
         self._fit: Future[None] | None = None
+        self._at_work = False
         self._reservation: Any = None
 
     def __enter__(self) -> Crew:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.close(kind is None)
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
-    def close(self, orderly: bool) -> None:
-        """End the workers: orderly, where no job is being trained."""
-        if orderly and self._fit is not None:
+    def close(self) -> None:
+        """End the workers; those who wait for a job end by themselves.
+
+        What runs them has to have ended too before Ray is shut down: it would end this process with exit code 1.
+        """
+        if self._fit is not None and not self._at_work:
             ray.get(self.foreman.dismiss.remote())
             wait([self._fit], timeout=_LEAVE_S)
         ray.kill(self.foreman)
@@ -101,6 +105,7 @@ class Crew:
             TrainingError: they failed, with the first one's own words.
         """
         self._number += 1
+        self._at_work = True
         left = self.cluster.max_failures
         while follower.failure is None and follower.stopped is None:
             # Again and again, because a process that Ray had to start again knows of no job.
@@ -113,6 +118,7 @@ class Crew:
             if stop.signal is not None and follower.end_workers():
                 terminal.line("stopping: a checkpoint follows (a second signal ends at once, without)")
         self._reservation = follower.reservation
+        self._at_work = follower.stopped is None
 
     def _explain(self, follower: Follower, terminal: Terminal, left: int) -> None:
         """The workers have ended before the job: say why, or raise it."""
@@ -121,6 +127,7 @@ class Crew:
         try:
             fit.result()
         except ray.train.TrainingFailedError as error:
+            follower.stop()  # what the workers told before they failed belongs to the message
             raise TrainingError(
                 f"training failed after step {follower.step}: {_cause(error)}; details in {self.log}"
             ) from error

@@ -84,7 +84,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
 
     def cleanup(self) -> None:
         self._end()
-        self._crew.close(orderly=True)
+        self._crew.close()
 
     def _begin(self, point: dict[str, Any]) -> None:
         self._results: queue.Queue[Any] = queue.Queue()

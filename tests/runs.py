@@ -39,7 +39,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     key = (cluster.workers, cluster.cpus_per_worker, cluster.timeout_s, cluster.max_failures)
     if key not in _crews:
         while len(_crews) > 1:
-            _crews.pop(next(iter(_crews))).close(orderly=True)
+            _crews.pop(next(iter(_crews))).close()
         folder = Path(tempfile.mkdtemp(prefix="crew"))
         _crews[key] = Crew(cluster, folder, folder / "ray.log")
     return launch.train(config, Lent(_crews[key]))
@@ -47,7 +47,7 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 def end_crews() -> None:
     while _crews:
-        _crews.popitem()[1].close(orderly=True)
+        _crews.popitem()[1].close()
 
 
 def start(raw: dict[str, Any], *options: str, command: str = "train", **environment: str) -> subprocess.Popen[str]:
