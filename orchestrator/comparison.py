@@ -26,7 +26,7 @@ from orchestrator.mlflow_tracker import MlflowTracker, Nesting, mlflow_command
 from orchestrator.ray_cluster import ray_cluster
 from orchestrator.signals import StopRequest, stop_request
 from orchestrator.storage import checkpoints_of, hold_folder
-from orchestrator.terminal import Terminal, chatter_to, duration
+from orchestrator.terminal import chatter_to, duration
 from orchestrator.trunk import branch, trunk_of
 
 METHODS = {
@@ -90,7 +90,7 @@ def compare(config: RunConfig, request: Request) -> list[Row]:
         stop = stack.enter_context(stop_request())
         tracker = stack.enter_context(parent_run(config, folder, terminal.line))
         crew = stack.enter_context(Crew(config.cluster, folder / "ray_train", folder / "logs" / "ray.log"))
-        team = _Team(crew, stop, tracker, terminal)
+        team = _Team(crew, stop, tracker)
         sizes = len(request.tolerances) or 1
         total = request.seeds * (1 + sizes * (len(set(request.methods) | {"full", "hankel"}) - 1))
         rows: list[Row] = []
@@ -144,7 +144,6 @@ class _Team:
     crew: Crew
     stop: StopRequest
     tracker: MlflowTracker | None
-    terminal: Terminal
 
     def lent(self, place: Place) -> Lent:
         tags = {"method": place.method, "size": place.size, "seed": str(place.seed)}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compression.gramians import LTISystem, lti_gramians
-from compression.hankel import lti_balancing
+from compression.hankel import Balancing
 
 # Squarings of A in the Lyapunov solve: eigenvalues up to 1 - 1e-4 are then gone from its powers, to rounding.
 DOUBLINGS = 19
@@ -25,9 +25,10 @@ def hankel_sum(system: LTISystem) -> Tensor:
     Raises:
         ValueError: the system is not finite or not stable.
     """
+    system.check()
     P_NN, Q_NN = lti_gramians(system)
     with torch.no_grad():
-        balancing = lti_balancing(LTISystem(system.eigenvalues_N, system.B_NH, system.C_HN))
+        balancing = Balancing.of(P_NN, Q_NN)
         left_RN, right_NR = balancing.projections(range(balancing.numerical_rank))
     reached = ((left_RN @ P_NN) * left_RN.conj()).sum()
     observed = ((right_NR.mH @ Q_NN) * right_NR.T).sum()
