@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from compression.plan import TruncationPlan
 from compression.planning import Occasion, plan_truncation
 from models.registry import build_model
 from orchestrator.config import RunConfig, parse_config
@@ -19,7 +21,7 @@ from orchestrator.group import Group
 from orchestrator.sharded_state import ShardedState
 
 # Steps whose gradients make up a first moment that is accumulated anew: of older ones beta^20 = 0.12 is left.
-ACCUMULATED = 20
+REPLAYED = 20
 
 Json = dict[str, Any]
 
@@ -44,6 +46,7 @@ class Trunk:
         config = self._config
         self._batches = TrainBatches(self._data, config.seq_len, config.train.batch_size, config.seed, 0, 1)
         self._engine = self._build(config)
+        self._before: deque[ShardedState] = deque(maxlen=REPLAYED)  # the states that the last steps began with
 
     def first_probe(self, variation: Variation) -> int:
         """The step up to which a branch is the trunk; 0 for another model, the last step for no cut."""
@@ -57,6 +60,8 @@ class Trunk:
         config, start = self._vary(variation), self.first_probe(variation)
         while self._step < start:
             self._step += 1
+            if self._step > start - REPLAYED:
+                self._before.append(self._engine.state())
             self._engine.step(self._batches.at(self._step), self._step)
         if config.truncation is None and start == config.train.steps:
             return self._evaluate(self._engine)
@@ -85,13 +90,10 @@ class Trunk:
             plan = plan_truncation(statistics, rule, occasion, plan)
             if plan.truncates:
                 plan, before = engine.certify(plan, self._held_out(config))
-                states, dims = [engine.state()], [engine.state_dims]
+                uncut = engine.state()
                 engine.reshape(plan)
-                states.append(engine.state())
-                dims.append(engine.state_dims)
-                changed = [name for name, shape in states[1].shapes.items() if states[0].shapes.get(name) != shape]
-                shared = [name for name in changed if name in states[0].shapes]
-                uncut, cut = (self._cosine(step, *pair, shared) for pair in zip(states, dims, strict=True))
+                if step == start and "moments" in config.truncation.model_fields_set:
+                    result |= self._cosines(config, plan, uncut, engine.state())
                 after = self._evaluate(engine)
                 errors = [layer.output_error for layer in plan.layers if layer.output_error]
                 result["steps_cut"].append(step)
@@ -99,31 +101,46 @@ class Trunk:
                     "output_error": sum(errors) / len(errors),
                     "loss_before": before["val_loss"],
                     "loss_after": after["val_loss"],
-                    "cosine": cut,
-                    "cosine_uncut": uncut,
                 }
         return result | {"dims": engine.state_dims} | self._evaluate(engine)
 
-    def _cosine(self, step: int, state: ShardedState, dims: list[int], names: list[str]) -> float | None:
-        """Of Adam's first moments with such as are accumulated anew, at the present weights, over the last batches."""
+    def _cosines(self, config: RunConfig, plan: TruncationPlan, uncut: ShardedState, cut: ShardedState) -> Json:
+        """Of Adam's first moments right after a cut with those that the cut model would have gathered itself.
+
+        That is, had it been cut before the last steps and gone the same way. The same without a cut says how much of a
+        moment these steps are.
+        """
+        names = [name for name, shape in cut.shapes.items() if uncut.shapes.get(name, shape) != shape]
         if not names:  # the rotated basis changes no shape but those of its own maps
-            return None
+            return {}
+        spare = self._build(config)
+        dims, cut_before = spare.state_dims, []
+        for state in self._before:
+            spare.restore(dims, state)
+            spare.reshape(plan)
+            cut_before.append(spare.state())
+        spare.close()
+        return {
+            "cosine": _cosine(cut, self._replay(cut_before, plan.dims_after), names),
+            "cosine_uncut": _cosine(uncut, self._replay(self._before, dims), names),
+        }
+
+    def _replay(self, states: Sequence[ShardedState], dims: Sequence[int]) -> dict[str, Tensor]:
+        """First moments of the gradients that the last steps would have had from these states."""
+        train = self._config.train
         model = build_model(self._config.model, self._task, dims)
-        model.load_state_dict({name: part.value for name, part in state.own.items()}, strict=False)
-        beta, moments = self._config.train.betas[0], dict.fromkeys(state.own, torch.zeros(()))
-        for before in reversed(range(ACCUMULATED)):
-            batch = self._batches.at(max(1, step - before))
+        parameters = dict(model.named_parameters())
+        moments = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+        for step, state in enumerate(states, self._step - len(states) + 1):
+            model.load_state_dict({name: part.value for name, part in state.own.items()}, strict=False)
             model.zero_grad()
+            batch = self._batches.at(step)
             model.loss(model(batch.inputs), batch.targets).backward()
-            for name, parameter in model.named_parameters():
+            torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)
+            for name, parameter in parameters.items():
                 assert parameter.grad is not None
-                moments[name] = beta * moments[name] + (1 - beta) * parameter.grad
-
-        def flat(parts: Mapping[str, Tensor]) -> Tensor:
-            return torch.cat([parts[name].flatten().double() for name in names])
-
-        carried = {name: part.exp_avg for name, part in state.own.items()}
-        return float(torch.cosine_similarity(flat(carried), flat(moments), dim=0))
+                moments[name].lerp_(parameter.grad, 1 - train.betas[0])
+        return moments
 
     def _vary(self, variation: Variation) -> RunConfig:
         model = self._base["model"] | (variation.model or {})
@@ -138,3 +155,11 @@ class Trunk:
 
     def _evaluate(self, engine: Engine) -> dict[str, float]:
         return engine.evaluate(self._held_out(self._config))
+
+
+def _cosine(state: ShardedState, moments: Mapping[str, Tensor], names: Sequence[str]) -> float:
+    def flat(parts: Iterable[Tensor]) -> Tensor:
+        return torch.cat([part.flatten().double() for part in parts])
+
+    carried, anew = flat(state.own[name].exp_avg for name in names), flat(moments[name] for name in names)
+    return float(torch.cosine_similarity(carried, anew, dim=0))
