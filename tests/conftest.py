@@ -20,7 +20,20 @@ import torch
 import torch.distributed as dist
 
 from models.scan import backends, extension
-from tests.runs import end_crews
+from tests.runs import end_crews, track
+
+# The property under which a test in tests/chaos/ reports a row of their table.
+CHAOS = "chaos"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [report for found in terminalreporter.stats.values() for report in found if hasattr(report, "when")]
+    properties = [pair for report in reports if report.when == "call" for pair in report.user_properties]
+    rows = [cells for name, cells in properties if name == CHAOS]
+    if rows:
+        terminalreporter.section("chaos")
+        for row in [("killed", "seconds", "final loss and weights equal"), *rows]:
+            terminalreporter.write_line("{:<66} {:>13}  {}".format(*row))
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +68,22 @@ def small_run(tmp_path: Path, corpus: Path) -> dict[str, Any]:
         "cluster": {"workers": 2, "zero_stage": 2, "timeout_s": 60},
         "tracking": {"mlflow": False},
     }
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database of MLflow without a run: making its tables takes seconds, copying them nothing."""
+    import mlflow  # takes seconds itself
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def tracked_run(small_run: dict[str, Any], empty_store: Path) -> dict[str, Any]:
+    """`small_run` with MLflow, in a database beside its folder."""
+    return track(small_run, empty_store)
 
 
 @pytest.fixture(scope="session")

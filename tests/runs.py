@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -58,6 +59,14 @@ def start(raw: dict[str, Any], *options: str, command: str = "train", **environm
     pipe = subprocess.PIPE
     env = os.environ | environment
     return subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, start_new_session=True, env=env)
+
+
+def track(raw: dict[str, Any], empty_store: Path) -> dict[str, Any]:
+    """A run's config with MLflow, in a copy of this database beside the run's folder."""
+    storage = Path(raw["storage"])
+    storage.mkdir(parents=True)
+    shutil.copy(empty_store, storage)
+    return raw | {"tracking": {"mlflow": True, "mlflow_uri": f"sqlite:///{storage / empty_store.name}"}}
 
 
 def wait_until(condition: Callable[[], object], what: str, within: float = HANGS_S) -> None:

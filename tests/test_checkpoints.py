@@ -39,7 +39,7 @@ from orchestrator.retention import kept, prune
 from orchestrator.sharded_state import ShardedState, assign_owners
 from orchestrator.storage import checkpoints_of, run_folder
 from tests.conftest import Pair
-from tests.runs import HANGS_S, dims_loaded_alone, train, wait_until
+from tests.runs import HANGS_S, dims_loaded_alone, start, train, wait_until
 
 SHAPES = {"embedding": (7, 3), "mixer.A": (4,), "mixer.B": (4, 5), "norm": (1,), "scalar": ()}
 TOKEN, OTHER = "0" * 15 + "1", "f" * 16
@@ -536,31 +536,23 @@ def test_storage_that_cannot_be_used_is_refused_in_one_sentence(
 
 @pytest.mark.cluster
 def test_a_run_on_s3_continues_though_its_machine_is_gone_and_is_loaded_from_there(
-    server: Server, small_run: dict[str, Any], tmp_path: Path
+    server: Server, small_run: dict[str, Any], local_ray: None
 ) -> None:
     """Through the command, as a person starts it; the model without Ray, DeepSpeed or MLflow."""
     small_run["checkpoints"] = {"storage": f"{server.uri}", "keep_last": 1, "keep_best": 0}
-    path, run = tmp_path / "small.yaml", Path(small_run["storage"]) / "small"
-    path.write_text(json.dumps(small_run))
-
-    def command(*arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, *arguments], capture_output=True, text=True, timeout=HANGS_S, check=False
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    rayduce = str(Path(sys.executable).with_name("rayduce"))
-    output = command(rayduce, "train", str(path))
+    run = Path(small_run["storage"]) / "small"
+    train(parse_config(small_run))
     folder = Folder.of(server.uri, "place") / "small"
     assert checkpoint.steps(folder) == [3, 7, 12], "both cuts and the last"
-    assert f"checkpoint  {checkpoint.at(folder, 12)}" in output
-    ended = checkpoint.load_values(checkpoint.at(folder, 12), checkpoint.verify(checkpoint.at(folder, 12)))
+    last = checkpoint.at(folder, 12)
+    ended = checkpoint.load_values(last, checkpoint.verify(last))
 
-    checkpoint.delete(checkpoint.at(folder, 12))
+    checkpoint.delete(last)
     shutil.rmtree(run)
-    assert "continued after step 7" in command(rayduce, "train", str(path))
-    again = checkpoint.load_values(checkpoint.at(folder, 12), checkpoint.verify(checkpoint.at(folder, 12)))
+    output, errors = start(small_run).communicate(timeout=HANGS_S)
+    assert "continued after step 7" in output, errors
+    assert f"checkpoint  {last}" in output
+    again = checkpoint.load_values(last, checkpoint.verify(last))
     assert all(torch.equal(again[name], value) for name, value in ended.items())
 
     uri = server.uri.replace("checkpoints?", "checkpoints/small?")

@@ -19,14 +19,13 @@ SMALLER = [method for method in METHODS if method != "full"]
 
 
 @pytest.fixture
-def digits(small_run: dict[str, Any]) -> dict[str, Any]:
+def digits(tracked_run: dict[str, Any]) -> dict[str, Any]:
     """Two LRU layers on real digits, cut once at step 4 of 20 to what the spectra say."""
-    small_run["data"] = {"source": "digits"}
-    small_run["model"] = {"kind": "lru", "n_layers": 2, "d_model": 8, "d_state": 16}
-    small_run["train"] |= {"steps": 20, "eval_every": 20, "batch_size": 10}
-    small_run["truncation"] = {"target": {"tolerance": 0.2}, "steps": [4]}
-    small_run["tracking"] = {"mlflow": True, "mlflow_uri": f"sqlite:///{small_run['storage']}/mlflow.db"}
-    return small_run
+    tracked_run["data"] = {"source": "digits"}
+    tracked_run["model"] = {"kind": "lru", "n_layers": 2, "d_model": 8, "d_state": 16}
+    tracked_run["train"] |= {"steps": 20, "eval_every": 20, "batch_size": 10}
+    tracked_run["truncation"] = {"target": {"tolerance": 0.2}, "steps": [4]}
+    return tracked_run
 
 
 @pytest.mark.cluster

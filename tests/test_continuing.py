@@ -23,17 +23,16 @@ from orchestrator.errors import UserError
 from orchestrator.mlflow_tracker import MLFLOW_RUN
 from orchestrator.storage import run_folder
 from tests.conftest import small_run as small_run_fixture
-from tests.runs import HANGS_S, dims_loaded_alone, losses, plans, saved, start, train, wait_while_running
+from tests.runs import HANGS_S, dims_loaded_alone, losses, plans, saved, start, track, train, wait_while_running
 
 pytestmark = pytest.mark.cluster
 Finished = tuple[RunConfig, Path]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path, local_ray: None) -> Finished:
+def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path, empty_store: Path, local_ray: None) -> Finished:
     raw = small_run_fixture.__wrapped__(tmp_path_factory.mktemp("run"), corpus)
-    database = f"sqlite:///{Path(raw['storage']) / 'mlflow.db'}"  # stays the same for copies of the run
-    config = parse_config(raw | {"tracking": {"mlflow_uri": database}})
+    config = parse_config(track(raw, empty_store))  # copies of the run have the same database
     train(config)
     return config, config.storage / config.name
 
@@ -208,22 +207,21 @@ def _trained(folder: Path, step: int) -> bool:
     return path.exists() and "train_loss" in path.read_text() and max(losses(folder)) >= step
 
 
-def test_a_signal_ends_the_run_with_a_checkpoint(small_run: dict[str, Any]) -> None:
-    """SIGINT to the whole session, as a terminal does, and SIGTERM; the same command continues from there."""
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
+def test_a_signal_ends_the_run_with_a_checkpoint(number: signal.Signals, small_run: dict[str, Any]) -> None:
+    """SIGINT to the whole session, as a terminal does, or SIGTERM; the same command continues from there."""
     small_run["train"] |= {"steps": 600, "checkpoint_every": 1000, "eval_every": 1000}
     folder = Path(small_run["storage"]) / "small"
-    stopped = 0
-    for number in (signal.SIGINT, signal.SIGTERM):
-        driver = start(small_run)
-        wait_while_running(driver, functools.partial(_trained, folder, stopped + 8), "some steps")
-        os.killpg(driver.pid, number) if number == signal.SIGINT else driver.send_signal(number)
-        _, said = driver.communicate(timeout=HANGS_S)
-        assert driver.returncode == 128 + number
-        assert not (folder / "summary.json").exists()
-        stopped = max(losses(folder))
-        assert f"stopped after step {stopped} of 600; the same command continues" in said
-        assert stopped < 600
-        assert saved(folder, stopped)
+    driver = start(small_run)
+    wait_while_running(driver, functools.partial(_trained, folder, 8), "some steps")
+    os.killpg(driver.pid, number) if number == signal.SIGINT else driver.send_signal(number)
+    _, said = driver.communicate(timeout=HANGS_S)
+    assert driver.returncode == 128 + number
+    assert not (folder / "summary.json").exists()
+    stopped = max(losses(folder))
+    assert f"stopped after step {stopped} of 600; the same command continues" in said
+    assert stopped < 600
+    assert saved(folder, stopped)
     again = start(small_run)
     shown, said = again.communicate(timeout=HANGS_S)
     assert again.returncode == 0, said
@@ -232,6 +230,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(small_run: dict[str, Any]) -> N
     assert json.loads((folder / "summary.json").read_text())["final_dims"] == [4, 4]
 
 
+@pytest.mark.long
 def test_a_second_signal_ends_at_once(small_run: dict[str, Any]) -> None:
     small_run["train"] |= {"steps": 100_000, "log_every": 100_000, "checkpoint_every": 100_000}
     folder = Path(small_run["storage"]) / "small"

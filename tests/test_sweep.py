@@ -40,39 +40,37 @@ def tuned(raw: dict[str, Any], *options: str) -> Any:
     return start(raw, *options, command="tune")
 
 
+OPTIONS = ["--space", "timing", "--search", "random", "--samples", str(TRIALS)]
+
+
+@pytest.fixture
+def timed_cut(tracked_run: dict[str, Any]) -> dict[str, Any]:
+    """A config whose sweep with OPTIONS moves its only cut."""
+    tracked_run["train"] |= {"steps": 24, "eval_every": 8}
+    tracked_run["truncation"] = {"target": {"dim": 4}, "steps": [20]}
+    return tracked_run
+
+
 @pytest.mark.cluster
 def test_a_sweep_that_was_killed_is_continued_and_equals_runs_of_their_own(
-    small_run: dict[str, Any], local_ray: None
+    timed_cut: dict[str, Any], local_ray: None
 ) -> None:
-    small_run["train"] |= {"steps": 24, "eval_every": 8}
-    small_run["truncation"] = {"target": {"dim": 4}, "steps": [20]}
-    small_run["tracking"] = {"mlflow": True, "mlflow_uri": f"sqlite:///{small_run['storage']}/mlflow.db"}
-    options = ["--space", "timing", "--search", "random", "--samples", str(TRIALS)]
-    folder = Path(small_run["storage"]) / "small-timing"
-
-    first = tuned(small_run, *options)
+    folder = Path(timed_cut["storage"]) / "small-timing"
+    first = tuned(timed_cut, *OPTIONS)
     done = folder / "trial-00000" / "outcome.json"
     wait_while_running(first, done.exists, "the first trial ends")
     first.kill()
     first.communicate()
-
-    second = tuned(small_run, *options)
-    running = folder / "trial-00001" / "metrics.jsonl"
-    wait_while_running(second, running.exists, "the second trial runs")
-    second.send_signal(signal.SIGINT)
-    output, errors = second.communicate(timeout=HANGS_S)
-    assert second.returncode == 128 + signal.SIGINT, output + errors
-    assert errors == "rayduce: sweep small-timing stopped; the same command continues it\n"
     finished = (folder / "trial-00000" / "summary.json").stat().st_mtime_ns
 
-    again = tuned(small_run, *options)
+    again = tuned(timed_cut, *OPTIONS)
     output, errors = again.communicate(timeout=HANGS_S)
     assert again.returncode == 0, output + errors
     assert (folder / "trial-00000" / "summary.json").stat().st_mtime_ns == finished  # not trained again
     found = outcomes(folder)
     assert [trial.status for trial in found] == ["finished"] * TRIALS
     _check_results(folder, found, output)
-    _check_mlflow(small_run, folder)
+    _check_mlflow(timed_cut, folder)
 
     trial = max(found, key=lambda trial: trial.trunk_step)
     assert trial.trunk_step > 0
@@ -83,6 +81,23 @@ def test_a_sweep_that_was_killed_is_continued_and_equals_runs_of_their_own(
     assert losses(shared) == losses(whole)  # the trunk's steps among them
     state, expected = saved(shared, 24), saved(whole, 24)
     assert all(torch.equal(state[key], expected[key]) for key in expected)
+
+
+@pytest.mark.long
+@pytest.mark.cluster
+def test_a_sweep_that_was_interrupted_is_continued(timed_cut: dict[str, Any]) -> None:
+    folder = Path(timed_cut["storage"]) / "small-timing"
+    first = tuned(timed_cut, *OPTIONS)
+    wait_while_running(first, (folder / "trial-00001" / "metrics.jsonl").exists, "the second trial runs")
+    first.send_signal(signal.SIGINT)
+    output, errors = first.communicate(timeout=HANGS_S)
+    assert first.returncode == 128 + signal.SIGINT, output + errors
+    assert errors == "rayduce: sweep small-timing stopped; the same command continues it\n"
+
+    again = tuned(timed_cut, *OPTIONS)
+    output, errors = again.communicate(timeout=HANGS_S)
+    assert again.returncode == 0, output + errors
+    assert [trial.status for trial in outcomes(folder)] == ["finished"] * TRIALS
 
 
 SPACE = """
@@ -97,14 +112,13 @@ def settings({knob}):
 
 
 @pytest.fixture
-def one_at_a_time(small_run: dict[str, Any], local_ray: None) -> dict[str, Any]:
+def one_at_a_time(tracked_run: dict[str, Any], local_ray: None) -> dict[str, Any]:
     """A config of which this cluster holds one trial, so that trials come in the order of their points."""
     end_crews()
-    small_run["train"] |= {"steps": 16, "eval_every": 4}
-    small_run["truncation"] = {"target": {"dim": 4}, "steps": [3]}
-    small_run["cluster"]["cpus_per_worker"] = 2
-    small_run["tracking"] = {"mlflow": True, "mlflow_uri": f"sqlite:///{small_run['storage']}/mlflow.db"}
-    return small_run
+    tracked_run["train"] |= {"steps": 16, "eval_every": 4}
+    tracked_run["truncation"] = {"target": {"dim": 4}, "steps": [3]}
+    tracked_run["cluster"]["cpus_per_worker"] = 2
+    return tracked_run
 
 
 def request(path: Path, *objectives: str, pruning: Literal["none", "asha"] = "none") -> Request:

@@ -229,6 +229,7 @@ def test_bfloat16_follows_float32_and_keeps_float32_parameters(
     assert list(rounded.values()) == pytest.approx(list(exact.values()), rel=0.02)
 
 
+@pytest.mark.long
 def test_a_machine_without_a_compiler_trains_too(small_run: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(small_run))
