@@ -54,9 +54,9 @@ class Outcome:
 
     def row(self) -> Json:
         """For the table: every knob, every objective."""
-        told = {"trial": self.trial, "status": self.status, "error": self.error}
         steps = {"first_cut": self.first_cut, "trunk_step": self.trunk_step, "last_step": self.last_step}
-        return told | self.point | self.objectives | steps | {"final_dims": self.final_dims}
+        end = {"final_dims": self.final_dims, "error": self.error}
+        return {"trial": self.trial, "status": self.status} | self.point | self.objectives | steps | end
 
 
 def statuses(folder: Path) -> list[str]:
