@@ -7,6 +7,7 @@ Shapes: B batch, L time, M d_model, D d_inner, N d_state, R dt_rank, H LRU width
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.measure import SEED, Shape, Step
+from compression.gramians import LTISystem
 from models.lru import LRU, LRUConfig
 from models.mamba import Mamba, MambaConfig
 from models.mamba2 import Mamba2, Mamba2Config
@@ -129,6 +131,10 @@ class StatelessLRU(nn.Module):
         return F.glu(self.glu(F.gelu(self.D * x_BLH)), dim=-1)
 
 
+Penalty = Callable[[LTISystem], Tensor]
+PENALTY_WEIGHT = 1e-5
+
+
 @dataclass(frozen=True)
 class LRUTask:
     """One LRU block between an embedding and a head that tells ten classes apart."""
@@ -140,8 +146,12 @@ class LRUTask:
     length: int
 
 
-def lru_training_step(task: LRUTask, stateless: bool) -> Step:
-    """Loss, gradients and AdamW on one fixed batch, with the recurrence or without it."""
+# What the paper's sequential MNIST is trained with.
+SMNIST = LRUTask(d_state=256, d_model=8, n_features=1, batch=50, length=784)
+
+
+def lru_training_step(task: LRUTask, stateless: bool = False, penalty: Penalty | None = None) -> Step:
+    """Loss, gradients and AdamW on one fixed batch, with the recurrence or without it, and with a penalty on it."""
     torch.manual_seed(SEED)
     config = LRUConfig(kind="lru", n_layers=1, d_model=task.d_model, d_state=task.d_state)
     model = build_model(config, ClassificationTask(task.n_features, n_classes=10), [task.d_state])
@@ -155,7 +165,12 @@ def lru_training_step(task: LRUTask, stateless: bool) -> Step:
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        model.loss(model(features_BLI), targets_B).backward()  # type: ignore[no-untyped-call, unused-ignore]
+        loss = model.loss(model(features_BLI), targets_B)
+        if penalty is not None:
+            [mixer] = model.mixers()
+            assert isinstance(mixer, LRU)
+            loss = loss + PENALTY_WEIGHT * penalty(mixer.system())
+        loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
         optimizer.step()
 
     return step

@@ -6,7 +6,7 @@ import json
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import mlflow
 import pyarrow.parquet as pq
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from orchestrator.config import load_config, parse_config
-from orchestrator.sweep import Request, tune_schedules
+from orchestrator.sweep import Pruning, Request, tune_schedules
 from orchestrator.sweep_report import Outcome, outcomes, pareto
 from tests.runs import HANGS_S, end_crews, family, losses, saved, start, train, wait_while_running
 
@@ -121,18 +121,25 @@ def one_at_a_time(tracked_run: dict[str, Any], local_ray: None) -> dict[str, Any
     return tracked_run
 
 
-def request(path: Path, *objectives: str, pruning: Literal["none", "asha"] = "none") -> Request:
+def request(path: Path, *objectives: str, pruning: Pruning = "none") -> Request:
     return Request(str(path), None, objectives, "grid", pruning, share=True, baselines=False)
 
 
 @pytest.mark.cluster
+@pytest.mark.parametrize(
+    ("pruning", "factors"),
+    [
+        ("asha", (1.0, 300.0, 1.5)),
+        pytest.param("median", (1.0, 0.5, 1.5, 300.0), marks=pytest.mark.long),  # which is of three trials at least
+    ],
+)
 def test_a_worse_trial_is_pruned_and_the_next_one_has_its_workers(
-    one_at_a_time: dict[str, Any], tmp_path: Path
+    pruning: Pruning, factors: tuple[float, ...], one_at_a_time: dict[str, Any], tmp_path: Path
 ) -> None:
     path = tmp_path / "pace.py"
-    path.write_text(SPACE.format(knob="factor", values=(1.0, 300.0, 1.5), key="truncation.lr_factor"))
+    path.write_text(SPACE.format(knob="factor", values=factors, key="truncation.lr_factor"))
     config = parse_config(one_at_a_time)
-    summary = tune_schedules(config, request(path, "val_loss", pruning="asha"))
+    summary = tune_schedules(config, request(path, "val_loss", pruning=pruning))
     folder = Path(one_at_a_time["storage"]) / "small-pace"
     found = {trial.point["factor"]: trial for trial in outcomes(folder)}
     bad = found.pop(300.0)
