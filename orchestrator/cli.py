@@ -212,8 +212,8 @@ def generate(run: str, prompt: str, tokens: int, temperature: float, top_k: int 
 def report(run: Path) -> None:
     """Draw the figures and the HTML page of the run or sweep in folder RUN again.
 
-    Everything comes from the run's own files, so this works while it trains and after it was killed. The page,
-    RUN/report.html, needs no other file and no network.
+    Everything comes from its own files, so this works while a run trains and after it was killed; a sweep has to
+    have ended. The page, RUN/report.html, needs no other file and no network.
     """
     if (run / "sweep.json").exists():
         from orchestrator.sweep_report import render

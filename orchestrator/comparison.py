@@ -80,6 +80,9 @@ def compare(config: RunConfig, request: Request) -> list[Row]:
     """
     started = time.perf_counter()
     check(config, request)
+    # Of all runs alike, for it takes time: where those begin that begin as full size does.
+    every = config.train.model_copy(update={"checkpoint_every": max(1, config.probe_steps[0] - 1)})
+    config = config.model_copy(update={"train": every})
     folder = config.storage / f"{config.name}-compare"
     with hold_folder(folder), ExitStack() as stack:
         base = below(config, folder)
@@ -92,7 +95,7 @@ def compare(config: RunConfig, request: Request) -> list[Row]:
         crew = stack.enter_context(Crew(config.cluster, folder / "ray_train", folder / "logs" / "ray.log"))
         team = _Team(crew, stop, tracker)
         sizes = len(request.tolerances) or 1
-        total = request.seeds * (1 + sizes * (len(set(request.methods) | {"full", "hankel"}) - 1))
+        total = request.seeds * (1 + sizes * (1 + len(_opponents(request))))
         rows: list[Row] = []
         for number in range(request.seeds):
             seed = config.seed + number
@@ -133,8 +136,12 @@ def check(config: RunConfig, request: Request) -> None:
         raise UserError(f"--penalty {request.penalty:g} must be more than 0")
     if config.truncation.stable is not None or config.truncation.guard is not None:
         raise UserError("truncation.stable and guard must be left out: methods are compared at the same cuts")
-    for method in set(request.methods) & PENALTIES.keys():
-        _regularized(config, method, request)  # what the schema has against it
+    if (config.truncation.lr_factor, config.truncation.batch_factor) != (1, 1):
+        raise UserError("truncation.lr_factor and batch_factor must be 1: all methods train with the same steps")
+    for size, cut in _sizes(config, request):
+        for method in _opponents(request):
+            place = Place(method, size, config.seed)
+            _opponent(place, cut, config, config.model.state_dims, request)  # what the schema has against it
 
 
 @dataclass(frozen=True)
@@ -152,8 +159,7 @@ class _Team:
 
 def _train_all(base: RunConfig, request: Request, team: _Team) -> Iterator[Row]:
     """The rows of one seed, whose runs lie in `base.storage`."""
-    wanted = [method for method in METHODS if method in request.methods and method not in ("full", "hankel")]
-    full = trunk_of(base, "full")
+    full = trunk_of(base, "full", base.train.checkpoint_every)
     place = Place("full", "", base.seed)
     whole = _row(place, full, launch.train(full, team.lent(place)), 0.0)
     yield whole
@@ -163,8 +169,13 @@ def _train_all(base: RunConfig, request: Request, team: _Team) -> Iterator[Row]:
         branch(cut, full, team.lent(Place("full", "", base.seed)))
         reached = _row(place, cut, launch.train(cut, team.lent(place)), 0.0)
         yield reached
-        for method in wanted:
-            yield _opponent(Place(method, size, base.seed), cut, full, reached.final_dims, request, team, whole)
+        for method in _opponents(request):
+            opponent = Place(method, size, base.seed)
+            try:
+                config = _opponent(opponent, cut, full, reached.final_dims, request)
+                yield _train_opponent(opponent, config, full, team, whole)
+            except TrainingError as error:
+                yield Row.failed(method, size, base.seed, str(error))
 
 
 def _sizes(base: RunConfig, request: Request) -> Iterator[tuple[str, RunConfig]]:
@@ -177,59 +188,47 @@ def _sizes(base: RunConfig, request: Request) -> Iterator[tuple[str, RunConfig]]
         yield f"{tolerance:g}", parse_config(raw)
 
 
-def _opponent(
-    place: Place,
-    cut: RunConfig,
-    full: RunConfig,
-    reached: Sequence[int],
-    request: Request,
-    team: _Team,
-    whole: Row,
-) -> Row:
-    """Train one method to the dimensions that truncation has reached. One that fails is recorded with its error."""
-    raw, lent = cut.model_dump(mode="json") | {"name": place.name}, team.lent(place)
-    small = raw["model"] | {"d_state": list(reached)}
-    charged = 0.0
-    try:
-        match place.method:
-            case "scratch":
-                config = parse_config(raw | {"model": small, "truncation": None})
-            case "distill":
-                lesson = raw["train"] | {"distill": {"teacher": str(full.storage / full.name)}}
-                config = parse_config(raw | {"model": small, "truncation": None, "train": lesson})
-                charged = whole.train_seconds
-            case "random" | "smallest":
-                drawn = {"target": {"dim": list(reached)}, "score": place.method}
-                config = parse_config(raw | {"truncation": raw["truncation"] | drawn})
-                branch(config, full, lent)
-            case "magnitude":
-                config = _pruned(raw, reached, request.fine_tune)
-                branch(config, full, lent)
-            case _:
-                config = _regularized(cut, place.method, request, place.name, reached)
-                trunk = trunk_of(config, f"{place.method}-full")
-                branch(config, trunk, team.lent(Place(trunk.name, "", place.seed)))
-        return _row(place, config, launch.train(config, lent), charged)
-    except TrainingError as error:
-        return Row.failed(place.method, place.size, place.seed, str(error))
+def _opponents(request: Request) -> list[str]:
+    return [method for method in METHODS if method in request.methods and method not in ("full", "hankel")]
 
 
-def _pruned(raw: dict[str, Any], reached: Sequence[int], fine_tune: float) -> RunConfig:
-    """Full size to its end, then one cut and some more steps, at the end of a learning rate that lasts as long."""
-    steps = raw["train"]["steps"]
-    more = max(1, round(fine_tune * steps))
-    cut = {"target": {"dim": list(reached)}, "score": "magnitude", "compensate": False, "steps": [steps + 1]}
-    return parse_config(raw | {"train": raw["train"] | {"steps": steps + more}, "truncation": cut})
+def _opponent(place: Place, cut: RunConfig, full: RunConfig, reached: Sequence[int], request: Request) -> RunConfig:
+    """The run of one method, which ends with the dimensions that truncation has reached.
+
+    Raises:
+        UserError: the model cannot be trained by this method.
+    """
+    raw = cut.model_dump(mode="json") | {"name": place.name}
+    train, steps, target = raw["train"], cut.train.steps, {"dim": list(reached)}
+    small = {"model": raw["model"] | {"d_state": list(reached)}, "truncation": None}
+    match place.method:
+        case "scratch":
+            return parse_config(raw | small)
+        case "distill":
+            lesson = {"distill": {"teacher": str(full.storage / full.name)}}
+            return parse_config(raw | small | {"train": train | lesson})
+        case "random" | "smallest":
+            drawn = {"target": target, "score": place.method}
+            return parse_config(raw | {"truncation": raw["truncation"] | drawn})
+        case "magnitude":
+            # Full size to its end, one step more, the cut, and fine-tuning at the end of a schedule of that length.
+            longer = {"steps": steps + 1 + max(1, round(request.fine_tune * steps))}
+            pruning = {"target": target, "score": "magnitude", "compensate": False, "steps": [steps + 1]}
+            return parse_config(raw | {"train": train | longer, "truncation": pruning})
+        case _:
+            penalty = {"regularize": {"weight": request.penalty, "form": PENALTIES[place.method]}}
+            return parse_config(raw | {"train": train | penalty, "truncation": {"target": target, "steps": [steps]}})
 
 
-def _regularized(
-    config: RunConfig, method: str, request: Request, name: str = "x", reached: Sequence[int] | None = None
-) -> RunConfig:
-    """A penalty at every step, and one cut after the last."""
-    raw = config.model_dump(mode="json") | {"name": name}
-    raw["train"] |= {"regularize": {"weight": request.penalty, "form": PENALTIES[method]}}
-    target = {"dim": 1 if reached is None else list(reached)}
-    return parse_config(raw | {"truncation": {"target": target, "steps": [raw["train"]["steps"]]}})
+def _train_opponent(place: Place, config: RunConfig, full: RunConfig, team: _Team, whole: Row) -> Row:
+    lent = team.lent(place)
+    if place.method in PENALTIES:
+        trunk = trunk_of(config, f"{place.method}-full", config.train.checkpoint_every)
+        branch(config, trunk, team.lent(Place(trunk.name, "", place.seed)))
+    elif config.truncation is not None:
+        branch(config, full, lent)
+    charged = whole.train_seconds if place.method == "distill" else 0.0
+    return _row(place, config, launch.train(config, lent), charged)
 
 
 def _row(place: Place, config: RunConfig, summary: dict[str, Any], charged: float) -> Row:

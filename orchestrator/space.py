@@ -39,17 +39,19 @@ class Space:
         Raises:
             UserError: it is not one; names the space and the point.
         """
+        where = ", ".join(f"{name}={value!r}" for name, value in point.items())
         raw = base.model_dump(mode="json")
-        for key, value in self.settings(**point).items():
+        for key, value in self._settings(point, where).items():
             *parents, last = key.split(".")
             part = raw
             for parent in parents:
                 part[parent] = part.get(parent) or {}
                 part = part[parent]
+                if not isinstance(part, dict):
+                    raise UserError(f"space {self.name} at {where}: {key} is no setting: {parent} has none below it")
             if parents == ["truncation"] and last in _TIMINGS:
                 part.update(dict.fromkeys(_TIMINGS))  # one of them excludes the others
             part[last] = value
-        where = ", ".join(f"{name}={value!r}" for name, value in point.items())
         try:
             config = parse_config(raw)
         except UserError as error:
@@ -61,6 +63,17 @@ class Space:
         if config.cluster != base.cluster:
             raise UserError(f"space {self.name} at {where}: cluster must be the same for all trials, who share workers")
         return config
+
+    def _settings(self, point: Mapping[str, Any], where: str) -> dict[str, Any]:
+        try:
+            found = self.settings(**point)
+        except Exception as error:
+            raise UserError(
+                f"space {self.name} at {where}: settings() fails: {type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+            raise UserError(f"space {self.name} at {where}: settings() must return a dict of settings, not {found!r}")
+        return found
 
     def random_point(self, generator: np.random.Generator) -> Point:
         return {name: _draw(knob, generator) for name, knob in self.knobs.items()}
@@ -88,12 +101,18 @@ class Space:
             self.config(base, point)
 
     def corners(self) -> list[Point]:
-        """The point with the low ends of all knobs, and the one with their high ends."""
-        return [{name: values[end] for name, values in self.ends().items()} for end in (0, -1)]
+        """Every combination of the knobs' ends; of a choice, the first value and the last."""
+        ends = [(values[0], values[-1]) for values in self.ends().values()]
+        return [dict(zip(self.knobs, values, strict=True)) for values in itertools.product(*ends)]
 
     def latest_first_cut(self, base: RunConfig, points: Sequence[Point]) -> int:
-        """The step at which the last of these points and the corners is first probed."""
-        return max(self.config(base, point).probe_steps[0] for point in (*points, *self.corners()))
+        """The step by which each of these points and of the corners has cut for the first time."""
+        return max(_cut_by(self.config(base, point)) for point in (*points, *self.corners()))
+
+
+def _cut_by(config: RunConfig) -> int:
+    assert config.truncation is not None
+    return config.probe_steps[-1 if config.truncation.stable else 0]
 
 
 def load_space(name: str) -> Space:
@@ -158,6 +177,8 @@ def _check_knob(space: str, name: str, knob: object) -> None:
         case Choice(values=values):
             if not values:
                 raise UserError(f"{where} has no values to choose from")
+            if not any(all(isinstance(value, kind) for value in values) for kind in (str, bool, int | float)):
+                raise UserError(f"{where} must choose among strings, among numbers, or among booleans, not {values!r}")
         case Float() | Integer():
             if not knob.low < knob.high:
                 raise UserError(f"{where} has an empty range: low {knob.low} must be less than high {knob.high}")

@@ -26,7 +26,8 @@ def write_summary(
     Step times are medians in milliseconds: before the first cut, without the first step, which warms up, and
     after the last cut. Without a cut there is nothing "after", and those values are None. Cuts that were rolled back
     do not count. `error_bounds`: of each LTI layer, the sum over all cuts, which the errors of the cuts together do
-    not exceed in the H-infinity norm. `train_seconds`: of all steps and cuts. `probe_share`: the time of all probes,
+    not exceed in the H-infinity norm. `train_seconds`: of all steps, probes and cuts, but for steps that a guard took
+    back and what a restart lost. `probe_share`: the time of all probes,
     each up to the agreed plan, over that of all steps; None where the steps' metrics are gone with their machine.
     """
     rows = read_metrics(folder)
@@ -41,6 +42,9 @@ def write_summary(
     def total(key: str) -> float:
         return math.fsum(row.get(key, 0.0) for row in rows)
 
+    # A cut's seconds begin with its probe.
+    cut_at = {cut["step"] for cut in truncations}
+    probing = math.fsum(row.get("probe_ms", 0.0) for row in rows if row["step"] not in cut_at)
     initial = config.model.state_dims
     held_out = [row for row in rows if "val_loss" in row]
     summary = {
@@ -60,8 +64,7 @@ def write_summary(
         "tokens_per_s_before": median("tokens_per_s", 1, first),
         "tokens_per_s_after": median("tokens_per_s", last, float("inf")),
         "probe_share": total("probe_ms") / total("step_ms") if total("step_ms") else None,
-        "train_seconds": sum(row.get("step_ms", 0.0) for row in rows) / 1000
-        + sum(cut["seconds"] for cut in truncations),
+        "train_seconds": (total("step_ms") + probing) / 1000 + sum(cut["seconds"] for cut in truncations),
         "mlflow_run_id": mlflow_run_id,
         "checkpoint": checkpoint,
     }

@@ -33,9 +33,10 @@ from orchestrator.launch import Lent
 from orchestrator.mlflow_tracker import Nesting, mlflow_command
 from orchestrator.ray_cluster import ray_cluster
 from orchestrator.run_folder import write_whole
+from orchestrator.signals import stop_request
 from orchestrator.space import Point, Space, load_space, optuna_space
 from orchestrator.storage import hold_folder
-from orchestrator.sweep_report import Outcome, best_of, best_so_far, outcomes, statuses, write_sweep_report
+from orchestrator.sweep_report import COLUMNS, Outcome, best_of, best_so_far, outcomes, statuses, write_sweep_report
 from orchestrator.terminal import Terminal, chatter_to, dims, duration
 from orchestrator.trial import OUTCOME, Sweep, Trial
 from orchestrator.trunk import share_a_trunk, trunk_of
@@ -119,13 +120,16 @@ def check(config: RunConfig, request: Request) -> tuple[Space, list[Point]]:
         UserError: in one sentence, what cannot be searched.
     """
     space = load_space(request.space)
+    if taken := space.knobs.keys() & {*COLUMNS, *OBJECTIVES}:
+        raise UserError(f"space {space.name}: knob {min(taken)} must be called otherwise: results have such a column")
     for objective in request.objectives:
         if objective not in OBJECTIVES:
             raise UserError(f"--objective {objective} must be one of {', '.join(OBJECTIVES)}")
         if objective == "val_accuracy" and not config.has_accuracy:
             raise UserError("--objective val_accuracy is never logged for text; val_loss is")
     if len(set(request.objectives)) < len(request.objectives):
-        raise UserError(f"--objective {request.objectives[0]} is named twice")
+        [(twice, _)] = Counter(request.objectives).most_common(1)
+        raise UserError(f"--objective {twice} is named twice")
     if request.pruning != "none" and len(request.objectives) > 1:
         raise UserError(f"--pruning {request.pruning} goes by one objective, not {len(request.objectives)}")
     if request.pruning != "none" and request.objectives[0] in ("states", "train_seconds"):
@@ -260,7 +264,15 @@ def _scheduler(sweep: Sweep, request: Request, points: Sequence[Point]) -> Trial
             stop_last_trials=False,
             **which,
         )
-    return MedianStoppingRule(grace_period=grace, **which)
+    return _MedianRule(grace_period=grace, **which)
+
+
+class _MedianRule(MedianStoppingRule):  # type: ignore[misc]
+    """As long as there are too few trials to judge by, a trial goes on: Ray Tune has nothing to pause it with."""
+
+    def on_trial_result(self, *arguments: Any) -> str:
+        decision: str = super().on_trial_result(*arguments)
+        return self.CONTINUE if decision == self.PAUSE else decision
 
 
 def _best_config(config: RunConfig, folder: Path, best: Outcome) -> RunConfig:
@@ -271,18 +283,27 @@ def _best_config(config: RunConfig, folder: Path, best: Outcome) -> RunConfig:
 
 
 def _baselines(sweep: Sweep, best: Outcome, terminal: Terminal) -> dict[str, dict[str, Any]]:
-    """Summaries of what a schedule is compared with: full size to the end, and the best trial's size from scratch."""
+    """Summaries of what a schedule is compared with: full size to the end, and the best trial's size from scratch.
+
+    One that fails is left out, with a line that says why.
+
+    Raises:
+        Interrupted: a signal ended one of them; the sweep's same command continues it.
+    """
     base = sweep.base
     full = trunk_of(base)
     raw = full.model_dump(mode="json")
     scratch = parse_config(raw | {"name": "scratch", "model": raw["model"] | {"d_state": best.final_dims}})
     summaries = {}
     log = base.storage / "logs" / "ray.log"
-    with Crew(base.cluster, base.storage / "ray_train", log) as crew:
+    with stop_request() as stop, Crew(base.cluster, base.storage / "ray_train", log) as crew:
         for config, what in ((full, "full size"), (scratch, f"{dims(best.final_dims)} from scratch")):
             terminal.line(f"baseline: {what}")
             nesting = Nesting(sweep.parent_run_id, {"trial": config.name})
-            summaries[what] = launch.train(config, Lent(crew, nesting=nesting))
+            try:
+                summaries[what] = launch.train(config, Lent(crew, stop, nesting))
+            except TrainingError as error:
+                terminal.line(f"baseline {what} is left out: {error}")
     return summaries
 
 

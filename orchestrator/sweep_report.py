@@ -1,6 +1,6 @@
 """What a sweep has come to: a table of its trials, the Pareto fronts, what mattered, and one HTML page.
 
-Everything is read back from the trials' folders, so a page can be made while the sweep runs and after it was killed.
+Everything is read back from the trials' folders; the page needs `sweep.json`, which a sweep leaves when it has ended.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ CAPTIONS = {
     "pareto_states": "Held-out loss against the states that are left, of all layers together.",
     "importance": "Share of each knob in what tells the best trials from the others (PED-ANOVA).",
 }
+
+
+# Of every trial, beside its knobs and objectives.
+COLUMNS = ("trial", "status", "first_cut", "trunk_step", "last_step", "final_dims", "error")
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ def write_sweep_report(
         "space": space.name,
         "objectives": list(objectives),
         "best": {"trial": best.trial, "point": best.point, "final_dims": best.final_dims} | best.objectives,
-        "trials": [outcome.row() for outcome in found],
+        "trials": _of_equal_columns([outcome.row() for outcome in found]),
         "front": [outcome.trial for outcome in pareto(found, "train_seconds", "val_loss")],
         "baselines": {what: final(run) | {"final_dims": run["final_dims"]} for what, run in baselines.items()},
         "importance": importance(found, name, mode, space),
@@ -168,6 +172,12 @@ def importance(found: Sequence[Outcome], objective: str, mode: str, space: Space
         value = outcome.objectives[objective]
         study.add_trial(optuna.trial.create_trial(params=outcome.point, distributions=distributions, value=value))
     return dict(get_param_importances(study, evaluator=PedAnovaImportanceEvaluator()))
+
+
+def _of_equal_columns(rows: Sequence[Json]) -> list[Json]:
+    """What a trial has not come to, None, in the order of the one that has most."""
+    longest = max(rows, key=len)
+    return [{name: row.get(name) for name in longest} for row in rows]
 
 
 def _trials(folder: Path) -> list[Path]:

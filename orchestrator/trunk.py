@@ -26,9 +26,9 @@ NAME = "trunk"
 SPACING = 0.01
 
 
-def trunk_of(trial: RunConfig, name: str = NAME) -> RunConfig:
-    """The same run without truncation, which keeps many checkpoints."""
-    every = max(1, int(SPACING * trial.train.steps))
+def trunk_of(trial: RunConfig, name: str = NAME, every: int | None = None) -> RunConfig:
+    """The same run without truncation, which keeps a checkpoint `every` so many steps: many, where that is not said."""
+    every = every or max(1, int(SPACING * trial.train.steps))
     storage = trial.checkpoints.storage
     return trial.model_copy(
         update={

@@ -51,7 +51,7 @@ def test_every_method_ends_where_truncation_does(digits: dict[str, Any], local_r
             list(whole.items())[:4]
         )
     assert dict(list(losses(runs / "magnitude").items())[:20]) == whole
-    assert list(losses(runs / "magnitude")) == list(range(1, 25))
+    assert list(losses(runs / "magnitude")) == list(range(1, 26))  # one step to the cut, and a fifth of 20 after it
     for method in PENALTIES:
         cut = json.loads((runs / method / "summary.json").read_text())["truncations"]
         assert [record["step"] for record in cut] == [20]
@@ -114,6 +114,22 @@ def test_what_cannot_be_compared_is_refused(digits: dict[str, Any], changed: dic
     asked: dict[str, Any] = {"methods": ("full",), "seeds": 1, "tolerances": (), "fine_tune": 0.1, "penalty": 1e-5}
     with pytest.raises(UserError, match=words):
         check(parse_config(digits), Request(**(asked | changed)))
+
+
+def test_what_a_method_cannot_train_is_refused_before_the_first(tracked_run: dict[str, Any]) -> None:
+    tracked_run["model"] = {"kind": "mamba2", "n_layers": 2, "d_model": 16, "d_state": 16, "headdim": 8}
+    request = Request(("magnitude",), 1, (), 0.1, 1e-5)
+    check(parse_config(tracked_run), request)
+    tracked_run["model"]["basis"] = "rotated"
+    with pytest.raises(UserError, match="magnitude"):
+        check(parse_config(tracked_run), request)
+
+
+@pytest.mark.parametrize("factor", [{"lr_factor": 0.5}, {"batch_factor": 2}])
+def test_all_methods_have_the_same_steps(digits: dict[str, Any], factor: dict[str, Any]) -> None:
+    digits["truncation"] |= factor
+    with pytest.raises(UserError, match=r"truncation\.lr_factor and batch_factor must be 1"):
+        check(parse_config(digits), Request(("full",), 1, (), 0.1, 1e-5))
 
 
 def test_a_penalty_needs_linear_layers(small_run: dict[str, Any]) -> None:

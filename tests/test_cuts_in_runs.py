@@ -110,6 +110,9 @@ def test_a_settled_ranking_is_cut_and_a_continued_run_knows_how_long_it_has_been
     assert summary["final_dims"] == [4, 4]
     rows = {row["step"]: row for row in read_metrics(folder)}
     assert 0 <= rows[4]["hsv_drift_00"] <= 0.9
+    # The probes that only looked take their time too; a cut's begins with its probe.
+    spent = sum(row.get("step_ms", 0) for row in rows.values()) + rows[2]["probe_ms"] + rows[4]["probe_ms"]
+    assert summary["train_seconds"] == pytest.approx(spent / 1000 + summary["truncations"][0]["seconds"])
     assert "kept_overlap_01" not in rows[6]  # greedy's costs bound no change of its selection
     plan = last_plan(folder, 12)
     assert plan is not None

@@ -82,6 +82,11 @@ BROKEN = [
     ("{'a': Choice((1,), 'x')}", "b", "{}", r"settings\(\) takes b, but KNOBS has a"),
     ("{'a': Choice((1, 99), 'x')}", "a", "{'truncation.target': {'dim': a}}", "mine at a=99: .*model.d_state 16"),
     ("{'a': Choice((1, 2), 'x')}", "a", "{'cluster.workers': a}", "cluster must be the same"),
+    ("{'a': Choice(((1,), (1, 2)), 'x')}", "a", "{'truncation.steps': a}", "among strings, among numbers"),
+    ("{'states': Choice((1,), 'x')}", "states", "{}", "knob states must be called otherwise"),
+    ("{'a': Choice((1,), 'x')}", "a", "None", r"settings\(\) must return a dict"),
+    ("{'a': Choice((1,), 'x')}", "a", "{'x': 1 / (a - 1)}", "fails: ZeroDivisionError"),
+    ("{'a': Choice((1,), 'x')}", "a", "{'train.lr.x': a}", "train.lr.x is no setting: lr has none below it"),
     ("nothing_of_this_name", "a", "{}", "cannot be loaded: NameError"),
 ]
 
@@ -105,7 +110,7 @@ def test_a_broken_space_is_refused_in_one_sentence(
         ({"search": "grid"}, "--samples is for random and tpe"),
         ({"objectives": ("loss",)}, "--objective loss must be one of val_loss"),
         ({"objectives": ("val_accuracy",)}, "val_accuracy is never logged for text"),
-        ({"objectives": ("states", "states")}, "states is named twice"),
+        ({"objectives": ("val_loss", "states", "states")}, "states is named twice"),
         ({"objectives": ("val_loss", "states"), "pruning": "asha"}, "asha goes by one objective, not 2"),
         ({"objectives": ("states",), "pruning": "median"}, "median needs val_loss or val_accuracy, not states"),
     ],
@@ -118,8 +123,11 @@ def test_what_cannot_be_asked_is_refused_in_one_sentence(
 
 
 def test_trials_are_judged_when_all_have_been_cut(base: RunConfig) -> None:
-    """Of 200 steps, `timing` cuts after at most 80, and a quarter of the training is 50."""
-    assert load_space("timing").latest_first_cut(base, []) == 80
+    """`timing` and `schedule` have cut after 40 % of the steps, `stable` after half of them; GRACE is a quarter."""
+    quickstart = load_config(CONFIGS / "quickstart.yaml")
+    assert quickstart.train.steps == 400
+    latest = [load_space(name).latest_first_cut(quickstart, []) for name in ("timing", "schedule", "stable")]
+    assert latest == [160, 160, 200]
     sweep = Sweep(base, load_space("timing"), shared=True, parent_run_id=None)
     asha, median = (_scheduler(sweep, request_of("timing", pruning=name), [{"at": 0.3}]) for name in ("asha", "median"))
     assert isinstance(asha, ASHAScheduler)

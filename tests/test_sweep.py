@@ -15,7 +15,7 @@ import torch
 
 from orchestrator.config import load_config, parse_config
 from orchestrator.sweep import Pruning, Request, tune_schedules
-from orchestrator.sweep_report import Outcome, outcomes, pareto
+from orchestrator.sweep_report import Outcome, _of_equal_columns, outcomes, pareto
 from tests.runs import HANGS_S, end_crews, family, losses, saved, start, train, wait_while_running
 
 TRIALS = 3
@@ -34,6 +34,13 @@ def test_the_front_is_what_no_other_trial_beats_in_both() -> None:
     }
     beaten = {(a, b) for a, b in points if any(c <= a and d <= b and (c, d) != (a, b) for c, d in points)}
     assert front == {tuple(point) for point in points} - beaten
+
+
+def test_what_the_first_trial_did_not_come_to_has_its_column_all_the_same() -> None:
+    failed = Outcome("trial-0", {"at": 0.1}, "failed", "no more", {}, None, 0, 1, [])
+    rows = _of_equal_columns([failed.row(), outcome(1.0, 2.0).row() | {"at": 0.2}])
+    assert [list(row) for row in rows] == [list(rows[1])] * 2
+    assert [row["val_loss"] for row in rows] == [None, 1.0]
 
 
 def tuned(raw: dict[str, Any], *options: str) -> Any:

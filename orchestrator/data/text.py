@@ -190,7 +190,7 @@ def _records_of_hub(hub: str, subset: str | None, split: str, field: str) -> Ite
         raise UserError(f"data.hub {hub} needs the library datasets: pip install 'rayduce[text]'") from error
     try:
         records = load_dataset(hub, subset, split=split)
-    except (OSError, ValueError, DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"data.hub {hub} (subset {subset}, split {split}) cannot be had: {reason}") from error
     if field not in records.column_names:
