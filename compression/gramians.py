@@ -92,7 +92,8 @@ class SelectiveMoments:
     def add_samples(self, h_XN: Tensor, tokens: int) -> None:
         """Add the states of all channels at `tokens` sampled tokens, in any order."""
         self.samples += tokens
-        self.hh_NN += h_XN.mT @ h_XN
+        with _exact_products(h_XN):
+            self.hh_NN += h_XN.mT @ h_XN
 
     @torch.no_grad()
     def add_projections(self, dt_BLD: Tensor, A_DN: Tensor, B_BLN: Tensor, C_BLN: Tensor, weight_N: Tensor) -> None:
@@ -103,7 +104,8 @@ class SelectiveMoments:
         self.cc_NN += C_XN.mT @ C_XN
         self.c_N += C_XN.sum(0)
         self.log_a_DN += dt_XD.sum(0, dtype=torch.float64).unsqueeze(-1) * A_DN
-        self.b_DN += dt_XD.mT @ B_BLN.to(dt_XD.dtype).flatten(0, 1)
+        with _exact_products(dt_XD):
+            self.b_DN += dt_XD.mT @ B_BLN.to(dt_XD.dtype).flatten(0, 1)
         self.weight_N += weight_N * len(C_XN)
 
     def to_vector(self) -> Tensor:
@@ -133,6 +135,11 @@ class SelectiveMoments:
 
 
 Statistics = LTISystem | SelectiveMoments
+
+
+def _exact_products(of: Tensor) -> torch.autocast:
+    """A layer under autocast gathers in the dtype of its states: rounded to bfloat16, correlated states look alike."""
+    return torch.autocast(of.device.type, enabled=False)
 
 
 def lti_gramians(system: LTISystem) -> tuple[Tensor, Tensor]:

@@ -75,14 +75,19 @@ class LayerPlan:
     """States in the order in which they would be kept; empty where states are combined instead of chosen."""
     mass_kept: float
     drift: float | None
-    """Share of the spectrum that moved since the last probe (`hankel.spectrum_drift`); None at the first."""
+    """Share of the spectrum that moved since the last probe (`hankel.spectrum_drift`); None at the first.
+
+    As far as both go, the largest HSVs are compared: after a cut by another score, which keeps other states, that too
+    looks like movement.
+    """
     overlap: float | None
     """Share of the states kept now that would have been kept at the last probe; None where that is not known."""
     quiet: int
     """Probes in succession, this one included, at which the ranking was at rest; only `stable` counts them."""
     error_bound: float | None
     """LTI layers: 2 x the sum of the discarded HSVs, which the H-infinity error of balanced truncation does not
-    exceed (Antoulas 2005, theorem 7.9). Zero where nothing is cut; None for selective layers and ablations."""
+    exceed (Antoulas 2005, theorem 7.9) before the reduced system is rounded to float32 weights. Zero where nothing is
+    cut; None for selective layers and ablations."""
     output_error: float | None
     """Measured: norm of the change of the layer's output over that of the output, on held-out tokens."""
     reason: str

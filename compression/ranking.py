@@ -115,11 +115,13 @@ def choose_ranks(spectra: Sequence[Spectrum], target: Target, event: int, events
         word = f"tolerance {target.tolerance:g}"
         reasons = [size if limit < rank else word for rank, limit in zip(within, limits, strict=True)]
     if target.uniform:
-        same = max(ranks)
+        same = min(max(ranks), *(spectrum.dim for spectrum in spectra))
         if target.budget is not None:
             same = min(same, _rung_below(sum(limits) // len(limits), target.ladder))
-        ranks = [min(spectrum.dim, same) for spectrum in spectra]
-    last = [event == events and reason == size for reason in reasons]
+        ranks = [same] * len(spectra)
+    last = [event == events and limit < spectrum.dim for limit, spectrum in zip(limits, spectra, strict=True)]
+    if target.uniform:
+        last = [any(last)] * len(spectra)
     return [_gated(*layer) for layer in zip(spectra, ranks, reasons, last, strict=True)]
 
 
@@ -192,7 +194,7 @@ def _sizes(spectra: Sequence[Spectrum], target: Target, event: int, events: int)
             assert target.budget.cost is not None
             costs, what = [s.channels for s in spectra], f"budget of {target.budget.cost:g} of the scan cost"
             initial = sum(s.initial_dim * s.channels for s in spectra)
-            total = int(now(initial, target.budget.cost * initial))
+            total = int(now(initial, target.budget.cost * initial) * (1 + 1e-12))  # 0.57 of 100 are 57
         limits = _allocate(spectra, costs, total, floor)
         return [_rung_below(limit, target.ladder) for limit in limits], what + when
     return dims, ""

@@ -205,6 +205,30 @@ def test_ladders_round_up_and_budgets_down() -> None:
     assert choose_ranks(few, Target(tolerance=0.1, ladder=ladder), 1, 1)[0][0] == 12
 
 
+@pytest.mark.parametrize("tolerance", [0.03, 0.055, 0.5])
+@pytest.mark.parametrize("size", [{"dim": 61}, {"budget": {"states": 122}, "allocation": "global"}])
+def test_a_size_is_reached_whatever_the_tolerance_says(tolerance: float, size: dict[str, Any]) -> None:
+    """The last step may be less than 5 %, and a tolerance that comes to the same rank makes no difference."""
+    flat = [Spectrum((1.0,) * 64, 64, 1)] * 2
+    ranks = [rank for rank, _ in choose_ranks(flat, Target(tolerance=tolerance, **size), 1, 1)]
+    assert sum(ranks) <= 122
+    assert max(ranks) <= 61
+
+
+def test_uniform_is_uniform_where_layers_differ() -> None:
+    steep, flat = Spectrum(tuple(0.5**n for n in range(64)), 64, 1), Spectrum((1.0,) * 64, 64, 1)
+    for target in (Target(tolerance=0.01, dim=62, uniform=True), Target(dim=62, uniform=True)):
+        assert [rank for rank, _ in choose_ranks([steep, flat], target, 1, 1)] == [62, 62]
+    narrow = Spectrum((1.0,) * 8, 8, 1)
+    assert [rank for rank, _ in choose_ranks([flat, narrow], Target(dim=12, uniform=True), 1, 1)] == [8, 8]
+
+
+def test_a_share_of_the_cost_is_not_rounded_away() -> None:
+    spectra = [Spectrum((1.0,) * 25, 25, 1)] * 4
+    target = Target(budget={"cost": 0.57}, allocation="global")
+    assert sum(rank for rank, _ in choose_ranks(spectra, target, 1, 1)) == 57
+
+
 def test_uniform_gives_all_layers_the_largest_rank_but_keeps_to_a_budget() -> None:
     spectra = [Spectrum(tuple(decay**i for i in range(32)), 32, 1) for decay in (0.5, 0.8, 0.9)]
     alone = [rank for rank, _ in choose_ranks(spectra, Target(tolerance=0.05), 1, 1)]

@@ -155,6 +155,19 @@ def test_bfloat16_keeps_float32_states(backend: str, shape: tuple[int, int, int,
         assert relative_error(grad, expected_grad) < (2**-8 if name in halves else 1e-4), name
 
 
+def test_autocast_leaves_the_scan_and_its_moments_alone(backend: str) -> None:
+    """In products of bfloat16, states that go together could not be told apart."""
+    ours = [part.detach() for part in in_float32(scan_arguments(2, CHUNK + 5, 19, 4))]
+    _, *projections, _, _ = ours
+    outside, inside = SelectiveMoments.zeros(19, 4), SelectiveMoments.zeros(19, 4)
+    out_BLD = selective_scan(*ours, outside)
+    outside.add_projections(*projections, torch.ones(4))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(selective_scan(*ours, inside), out_BLD)
+        inside.add_projections(*projections, torch.ones(4))
+    assert torch.equal(inside.to_vector(), outside.to_vector())
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_threads_change_nothing_but_rounding(backend: str, batch: int) -> None:
     before = torch.get_num_threads()
