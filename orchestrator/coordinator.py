@@ -74,13 +74,14 @@ class _Meeting:
 class Coordinator:
     """Fenced by (attempt, step, rank): duplicates change nothing, stragglers of a dead attempt are refused."""
 
-    def __init__(self, rule: Rule | None, timeout_s: float) -> None:
-        self._begin_run(rule, timeout_s)
+    def __init__(self, rule: Rule | None, timeout_s: float, max_failures: float = 0) -> None:
+        self._begin_run(rule, timeout_s, max_failures)
 
-    def _begin_run(self, rule: Rule | None, timeout_s: float) -> None:
-        """Know nothing but what a run's probes go by."""
+    def _begin_run(self, rule: Rule | None, timeout_s: float, max_failures: float) -> None:
+        """Know nothing but what a run's probes go by, and how often it may lose its workers."""
         self._rule = rule
         self._timeout_s = timeout_s
+        self._failures_left = max_failures
         self._attempt = 0
         self._workers = 0
         self._meetings: dict[tuple[int, Stage], _Meeting] = {}
@@ -139,7 +140,7 @@ class Coordinator:
     async def _meet(
         self, stage: Stage, sender: Sender, layers: Mapping[int, Any] | Failure, settle: Callable[[dict[int, Any]], Any]
     ) -> Any:
-        self._refuse_stale(sender.occasion.attempt, sender.rank)
+        self._refuse_stale(sender.occasion.attempt)
         step = sender.occasion.step
         meeting = self._meeting(step, stage)
         if sender.rank not in meeting.present and not meeting.answer.done():
@@ -181,15 +182,19 @@ class Coordinator:
         Raises:
             StaleAttemptError: the attempt has been superseded.
         """
-        self._refuse_stale(attempt, 0)
+        self._refuse_stale(attempt)
         self._events.extend(events)
         self._published += len(events)
         return self._stop
 
-    async def lost(self, reason: str) -> None:
-        """Ray Train's controller says why it starts the workers again."""
+    async def lost(self, reason: str) -> bool:
+        """Ray Train's controller says why the workers have ended; whether it may start them again."""
+        self._failures_left -= 1
+        if self._failures_left < 0:
+            return False
         self._events.append(Lost(reason))
         self._published += 1
+        return True
 
     async def drain(self, stop: bool) -> list[Event]:
         """All events since the last call, which are recorded by now; with `stop`, the workers are told to end."""
@@ -204,15 +209,15 @@ class Coordinator:
         Raises:
             StaleAttemptError: the attempt has been superseded.
         """
-        self._refuse_stale(attempt, 0)
+        self._refuse_stale(attempt)
         published = self._published
         while self._recorded < published:
             await asyncio.sleep(0.02)
-            self._refuse_stale(attempt, 0)
+            self._refuse_stale(attempt)
 
-    def _refuse_stale(self, attempt: int, rank: int) -> None:
+    def _refuse_stale(self, attempt: int) -> None:
         if attempt != self._attempt:
-            raise StaleAttemptError(f"rank {rank} is of attempt {attempt}, but attempt {self._attempt} is on")
+            raise StaleAttemptError(f"a worker is of attempt {attempt}, but attempt {self._attempt} is on")
 
 
 def coordinate(

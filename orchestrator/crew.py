@@ -6,6 +6,7 @@ Starting workers takes far longer than giving them something else to train, so w
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import threading
 import time
@@ -37,7 +38,8 @@ class Foreman(Coordinator):
     """The coordinator of one run after another, which also says what the workers train next."""
 
     def __init__(self) -> None:
-        super().__init__(None, 0)
+        # A process that was started again is told of the run in a moment; until then nothing is once too often.
+        super().__init__(None, 0, max_failures=math.inf)
         self._number = 0
         self._job: Job | None = None
         self._closed = False
@@ -47,11 +49,20 @@ class Foreman(Coordinator):
         """Job `number`, from 1, is what everyone works on from now on. To hear of it again changes nothing."""
         if number != self._number:
             self._number, self._job = number, job
-            self._begin_run(job.config.truncation_rule, job.config.cluster.timeout_s)
+            cluster = job.config.cluster
+            self._begin_run(job.config.truncation_rule, cluster.timeout_s, cluster.max_failures)
             self._news.set()
 
-    async def next_job(self, after: int) -> tuple[int, Job | None]:
-        """Number and content of the job that follows, as soon as there is one; None where none will follow."""
+    async def next_job(self, after: int, attempt: int) -> tuple[int, Job | None]:
+        """Number and content of the job that follows, as soon as there is one; None where none will follow.
+
+        `attempt` is the one in which the caller has ended job `after`, both 0 before the first.
+
+        Raises:
+            StaleAttemptError: this process was started since, so what it was told of that job's end may be lost.
+        """
+        if after and self._number <= after and not self._closed:
+            self._refuse_stale(attempt)
         while self._number <= after and not self._closed:
             self._news.clear()
             await self._news.wait()
@@ -171,9 +182,8 @@ class Crew:
             run_config=ray.train.RunConfig(
                 name=f"{time.time_ns()}",
                 storage_path=str(self._folder),
-                failure_config=FailureConfig(
-                    max_failures=cluster.max_failures, controller_failure_limit=cluster.max_failures
-                ),
+                # The workers' failures are counted by the coordinator, see RetryPolicy.
+                failure_config=FailureConfig(max_failures=-1, controller_failure_limit=cluster.max_failures),
                 callbacks=[RetryPolicy(self.foreman)],
             ),
         )

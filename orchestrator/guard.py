@@ -21,15 +21,15 @@ class Watch(BaseModel):
     """The metric right before the cut."""
     evaluations_left: int
 
-    def verdict(self, guard: GuardConfig, value: float) -> Verdict:
-        """After one more evaluation. NaN is worse than anything."""
+    def verdict(self, guard: GuardConfig, value: float, last: bool) -> Verdict:
+        """After one more evaluation, `last` where no other follows. NaN is worse than anything."""
         if guard.metric == "val_loss":
             good = value <= self.before * (1 + guard.tolerance)
         else:
             good = value >= self.before * (1 - guard.tolerance)
         if good:
             return "recovered"
-        return "waiting" if self.evaluations_left > 0 else "hurt"
+        return "waiting" if self.evaluations_left > 0 and not last else "hurt"
 
     def after_another(self) -> Watch:
         return self.model_copy(update={"evaluations_left": self.evaluations_left - 1})

@@ -61,6 +61,8 @@ def train(config: RunConfig, lent: Lent | None = None) -> dict[str, Any]:
     deepspeed_version()
     with run_folder(config) as folder, ExitStack() as stack:
         if (summary := finished(config, folder)) is not None:
+            if not (folder / "report.html").exists():  # it was killed in between
+                write_report(folder)
             print(f"run {config.name} is finished: {folder / 'summary.json'}; another name= starts a new run")
             return summary
         earlier = earlier_start(config, folder)

@@ -37,9 +37,11 @@ from orchestrator.sharded_state import ShardedState
 from orchestrator.storage import checkpoints_of
 
 
-def train_worker(job: Job) -> None:
-    """Train from the beginning or from a checkpoint to the last step, truncating on the way."""
-    Worker(job).run()
+def train_worker(job: Job) -> int:
+    """Train from the beginning or from a checkpoint to the last step, truncating on the way; the attempt's number."""
+    worker = Worker(job)
+    worker.run()
+    return int(worker.attempt)
 
 
 class Worker:
@@ -291,7 +293,7 @@ class Worker:
         assert guard is not None
         self.watch = self.watch.after_another()
         value = metrics[guard.metric]
-        verdict = self.watch.verdict(guard, value)
+        verdict = self.watch.verdict(guard, value, last=self.step == self.config.train.steps)
         if verdict == "hurt":
             before = f"{guard.metric} was {self.watch.before:.4f} there"
             self._roll_back(f"{before} and is {value:.4f} after step {self.step}")

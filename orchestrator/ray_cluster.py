@@ -15,6 +15,8 @@ from orchestrator.config import RunConfig
 from orchestrator.errors import UserError
 
 START_TRIES = 3
+# The values of RAY_ADDRESS with which Ray starts on this machine.
+HERE = ("", "local")
 
 
 @contextmanager
@@ -28,19 +30,29 @@ def ray_cluster(config: RunConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # the log should hold whole tracebacks
     ours = not ray.is_initialized()
     if ours:
-        address = os.environ.get("RAY_ADDRESS", "local")
-        if address.startswith("ray://"):
-            raise UserError(f"RAY_ADDRESS {address} is for Ray Client; use ray job submit, or HOST:PORT of the cluster")
-        # Ray itself would try for minutes.
-        if failure := why_unreachable(address):
-            raise UserError(f"RAY_ADDRESS {address} cannot be reached ({failure}); unset it to train on this machine")
+        address = cluster_address()
         _connect(address)
     try:
-        _check_resources(config)
+        _check_resources(config, may_grow=ours and address not in HERE)
         yield
     finally:
         if ours:
             ray.shutdown()
+
+
+def cluster_address() -> str:
+    """What RAY_ADDRESS says, where something answers there.
+
+    Raises:
+        UserError: it is not the address of a cluster, or nothing answers.
+    """
+    address = os.environ.get("RAY_ADDRESS", "local")
+    if "://" in address:
+        raise UserError(f"RAY_ADDRESS {address} must be HOST:PORT of the cluster; from elsewhere, use ray job submit")
+    # Ray itself would try for minutes.
+    if failure := why_unreachable(address):
+        raise UserError(f"RAY_ADDRESS {address} cannot be reached ({failure}); unset it to train on this machine")
+    return address
 
 
 def _connect(address: str) -> None:
@@ -52,6 +64,11 @@ def _connect(address: str) -> None:
                 f"RAY_ADDRESS {address}: no Ray cluster answers; unset it to train on this machine"
             ) from error
         except Exception as error:
+            if "Version mismatch" in str(error):
+                words = " ".join(str(error).split())
+                raise UserError(
+                    f"RAY_ADDRESS {address}: the cluster has other versions than this driver: {words}"
+                ) from error
             # Ray gives a node that it starts here 30 s, and has no type of its own for one that takes longer.
             if "timed out during startup" not in str(error):
                 raise
@@ -62,10 +79,14 @@ def _connect(address: str) -> None:
             return
 
 
-def _check_resources(config: RunConfig) -> None:
+def _check_resources(config: RunConfig, may_grow: bool) -> None:
     has = ray.cluster_resources()
-    # An autoscaler may add nodes that are not there yet; Ray Train asks it the same way.
-    may_have = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    # An autoscaler may add nodes that are not there yet; Ray Train asks it the same way. Not every version of Ray knows
+    # of it, so a cluster gets its chance: waiting for workers has a limit of its own.
+    may_have = ray._private.state.state.get_max_resources_from_cluster_config()
+    if may_have is None and may_grow:
+        return
+    may_have = may_have or {}
     wanted = {"CPU": config.cluster.cpus_per_worker, "GPU": int(config.cluster.use_gpu)}
     for resource, per_worker in wanted.items():
         need, most = per_worker * config.cluster.workers.min, max(has.get(resource, 0), may_have.get(resource, 0))

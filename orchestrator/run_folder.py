@@ -7,6 +7,7 @@ it trains, after it ended, and after it was killed.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,10 @@ def read_metrics(folder: Path) -> list[Json]:
 def write_whole(path: Path, text: str) -> None:
     """Write a file, complete or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # or a name may outlive a power failure that its content does not
     partial.rename(path)
 
 

@@ -107,9 +107,23 @@ def earlier_start(config: RunConfig, folder: Path) -> Manifest | None:
     """
     path = newest(checkpoints_of(folder, config.checkpoints.storage))
     if path is None:
+        _refuse_other_place(config, folder)
         return None
     refuse_other_run(config, read_manifest(path).config)
     return verify(path)
+
+
+def _refuse_other_place(config: RunConfig, folder: Path) -> None:
+    """To start over for want of checkpoints would take away the metrics and plans of those that are elsewhere."""
+    before = folder / "config.yaml"
+    storage = config.checkpoints.storage
+    earlier = yaml.safe_load(before.read_text())["checkpoints"]["storage"] if before.exists() else storage
+    if earlier != storage and newest(checkpoints_of(folder, earlier)) is not None:
+        here, there = (place or "the run's own folder" for place in (storage, earlier))
+        raise UserError(
+            f"checkpoints.storage: {here} has no checkpoint of run {folder}, whose own are in {there}; "
+            "move them, or give the run another name="
+        )
 
 
 def finished(config: RunConfig, folder: Path) -> dict[str, Any] | None:

@@ -36,7 +36,8 @@ class Terminal:
         """The current state; replaces the previous one on a terminal, appears now and then elsewhere."""
         with self._lock:
             if self._live:
-                text = text[: os.get_terminal_size(self._stream.fileno()).columns - 1]
+                with contextlib.suppress(OSError):  # of a terminal that has gone
+                    text = text[: os.get_terminal_size(self._stream.fileno()).columns - 1]
                 self._write(text)
                 self._width = len(text)
             elif time.monotonic() - self._last_plain >= PLAIN_EVERY:
@@ -49,10 +50,10 @@ class Terminal:
             self._write("")
 
     def _write(self, text: str) -> None:
-        """Write over the progress line. A reader that has gone (`rayduce train … | head`) does not end the run."""
+        """Write over the progress line. A reader that has gone (`… | head`, a closed terminal) does not end the run."""
         erase = "\r" + " " * self._width + "\r" if self._width else ""
         self._width = 0
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):
             self._stream.write(erase + text)
             self._stream.flush()
 

@@ -20,7 +20,7 @@ def run_worker(crew: dict[str, Any]) -> None:
     sys.modules["mlflow"] = None  # type: ignore[assignment]
     from orchestrator.loop import train_worker
 
-    number, job = ray.get(crew["foreman"].next_job.remote(0))
+    number, job = ray.get(crew["foreman"].next_job.remote(0, 0))
     while job is not None:
-        train_worker(job)
-        number, job = ray.get(crew["foreman"].next_job.remote(number))
+        attempt = train_worker(job)
+        number, job = ray.get(crew["foreman"].next_job.remote(number, attempt))

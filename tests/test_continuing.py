@@ -147,6 +147,9 @@ def test_a_finished_run_is_not_trained_again(finished: Finished, capfd: pytest.C
     assert {path: path.stat().st_mtime_ns for path in before} == before
     with pytest.raises(UserError, match=r"seed \(was 0, is 5\); another name= starts a new run"):
         train(config.model_copy(update={"seed": 5}))
+    (folder / "report.html").unlink()  # as where it was killed right after its summary
+    train(config)
+    assert (folder / "report.html").exists()
 
 
 def test_what_cannot_continue_is_refused_by_name(finished: Finished, tmp_path: Path) -> None:
@@ -165,6 +168,17 @@ def test_what_cannot_continue_is_refused_by_name(finished: Finished, tmp_path: P
     manifest.write_text(manifest.read_text().replace('"step": 5', '"step": 6', 1))
     with pytest.raises(UserError, match=r"manifest\.json is damaged"):
         train(config)
+
+
+def test_another_place_without_the_checkpoints_starts_nothing_over(finished: Finished, tmp_path: Path) -> None:
+    config, folder = interrupted(finished, tmp_path, after=5)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "driver.lock"}
+    elsewhere = config.checkpoints.model_copy(update={"storage": str(tmp_path / "elsewhere")})
+    with pytest.raises(
+        UserError, match=r"elsewhere has no checkpoint of run .*, whose own are in the run's own folder"
+    ):
+        train(config.model_copy(update={"checkpoints": elsewhere}))
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_continuing_refuses_other_data(finished: Finished, tmp_path: Path) -> None:

@@ -53,11 +53,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_watch_ends_with_recovery_or_with_patience(
     metric: str, before: float, values: list[float], verdicts: list[str]
 ) -> None:
+    """Or with the training: what has not recovered by then never will."""
     guard = GuardConfig(metric=metric, tolerance=0.02, patience=2)  # type: ignore[arg-type]
     watch, found = Watch(step=1, before=before, evaluations_left=guard.patience + 1), []
     for value in values:
         watch = watch.after_another()
-        found.append(watch.verdict(guard, value))
+        found.append(watch.verdict(guard, value, last=False))
+        at_the_end = "recovered" if found[-1] == "recovered" else "hurt"
+        assert watch.verdict(guard, value, last=True) == at_the_end
     assert found == verdicts
 
 

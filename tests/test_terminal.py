@@ -47,6 +47,27 @@ t.finish()
     assert max(len(line) for line in screen) < 40
 
 
+def test_a_terminal_that_is_closed_ends_nothing() -> None:
+    master, slave = pty.openpty()
+    code = """
+import sys
+from orchestrator.terminal import Terminal
+t = Terminal(sys.stdout)
+sys.stdin.readline()
+t.progress("step 1")
+t.line("cut")
+t.finish()
+sys.stdout = None
+print("alive", file=sys.stderr)
+"""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=slave, stderr=pipe, text=True) as process:
+        os.close(slave)
+        os.close(master)
+        _, said = process.communicate("go on\n")
+    assert said == "alive\n"
+
+
 def test_without_a_terminal_progress_is_a_plain_line_now_and_then(capfd: pytest.CaptureFixture[str]) -> None:
     code = """
 from orchestrator.terminal import Terminal

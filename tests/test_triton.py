@@ -119,7 +119,7 @@ def test_what_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch, name:
     monkeypatch.setitem(sys.modules, name, None)
     backends._import_error.cache_clear()
     try:
-        with pytest.raises(RuntimeError, match=f"asked for, but {name} cannot be imported"):
+        with pytest.raises(backends.UnavailableError, match=f"asked for, but {name} cannot be imported"):
             backends.force(name)
     finally:
         backends._import_error.cache_clear()

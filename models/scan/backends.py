@@ -29,15 +29,19 @@ WORDS: dict[Choice, str] = {
 }
 
 
+class UnavailableError(RuntimeError):
+    """A backend that was asked for cannot be had here."""
+
+
 def force(backend: Backend) -> None:
     """Use this backend for all scans of this process that it can do; "auto" chooses again.
 
     Raises:
-        RuntimeError: it is not available here.
+        UnavailableError: it is not available here.
     """
     global _forced
     if backend != "auto" and (reason := _obstacle(backend)):
-        raise RuntimeError(f"{WORDS[backend]} were asked for, but {reason}")
+        raise UnavailableError(f"{WORDS[backend]} were asked for, but {reason}")
     _forced = backend
 
 

@@ -1,0 +1,95 @@
+"""Which failures end a run at once, how many others it gets over, and what a cluster may be called."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from typing import Any
+
+import pytest
+import torch
+from ray.exceptions import ActorDiedError
+
+from models.scan.backends import UnavailableError
+from orchestrator.checkpoint import CheckpointError
+from orchestrator.config import parse_config
+from orchestrator.coordinator import Coordinator, StaleAttemptError
+from orchestrator.crew import Foreman
+from orchestrator.errors import UserError
+from orchestrator.events import Job
+from orchestrator.failures import comes_again
+from orchestrator.group import DisagreementError
+from orchestrator.ray_cluster import cluster_address
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (ActorDiedError(), False),
+        (RuntimeError("Connection closed by peer"), False),
+        (ConnectionResetError(errno.ECONNRESET, "reset"), False),
+        (OSError(errno.ENOSPC, "no space"), True),
+        (PermissionError(errno.EACCES, "denied"), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (NotImplementedError("no such kernel"), True),
+        (UnavailableError("mamba_ssm cannot be imported"), True),
+        (DisagreementError("workers disagree"), True),
+        (CheckpointError("damaged"), True),
+        (FloatingPointError("NaN"), True),
+        (KeyError("a bug"), True),
+    ],
+)
+def test_only_what_another_machine_may_cure_is_tried_again(error: BaseException, again: bool) -> None:
+    assert comes_again(error) is again
+
+
+def test_failures_are_counted_for_each_run_alone(small_run: dict[str, Any]) -> None:
+    small_run["cluster"]["max_failures"] = 2
+    config = parse_config(small_run)
+
+    async def story() -> None:
+        foreman = Foreman()
+        assert await foreman.lost("before it has heard of a run")
+        for number in (1, 2):
+            await foreman.assign(number, Job(config, config.storage / "small", None, 12))
+            assert [await foreman.lost("gone") for _ in range(3)] == [True, True, False]
+            await foreman.assign(number, Job(config, config.storage / "small", None, 12))
+            assert not await foreman.lost("gone"), "to hear of a job again changes nothing"
+
+    asyncio.run(story())
+
+
+def test_a_new_process_does_not_let_workers_wait_for_what_it_cannot_know(small_run: dict[str, Any]) -> None:
+    """What they told the old one of their job's end may be lost, so they have to tell it again."""
+    config = parse_config(small_run)
+    job = Job(config, config.storage / "small", None, config.train.steps)
+
+    async def story() -> None:
+        foreman = Foreman()
+        await foreman.assign(1, job)
+        assert await foreman.next_job(0, 0) == (1, job)
+        await foreman.begin_attempt(3, 2)
+        waiting = asyncio.create_task(foreman.next_job(1, 3))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        await foreman.assign(2, job)
+        assert await waiting == (2, job)
+        restarted = Foreman()
+        await restarted.assign(1, job)
+        with pytest.raises(StaleAttemptError):
+            await restarted.next_job(1, 3)
+        await restarted.dismiss()
+        assert await restarted.next_job(1, 3) == (1, None)
+
+    asyncio.run(story())
+
+
+def test_a_coordinator_alone_allows_as_many_failures_as_it_is_told() -> None:
+    assert [asyncio.run(Coordinator(None, 1, failures).lost("gone")) for failures in (0, 1)] == [False, True]
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001", "127.0.0.1:1"])
+def test_an_address_of_something_else_is_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match=f"RAY_ADDRESS {address} .*HOST:PORT|cannot be reached"):
+        cluster_address()
