@@ -16,9 +16,8 @@ compare: .venv/ready
 	$(BIN)/rayduce compare configs/digits_lru.yaml train.steps=400 --seeds 2 \
 		--methods full,scratch,hankel,random,smallest,magnitude,distill,hsv_regularized
 
-# Two files at a time: much of a test with workers is waiting for processes to start.
 test: .venv/ready
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(BIN)/pytest
 
 fast: .venv/ready
 	$(BIN)/pytest -m "not cluster and not long"

@@ -22,19 +22,6 @@ import torch.distributed as dist
 from models.scan import backends, extension
 from tests.runs import end_crews, track
 
-# The property under which a test in tests/chaos/ reports a row of their table.
-CHAOS = "chaos"
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    reports = [report for found in terminalreporter.stats.values() for report in found if hasattr(report, "when")]
-    properties = [pair for report in reports if report.when == "call" for pair in report.user_properties]
-    rows = [cells for name, cells in properties if name == CHAOS]
-    if rows:
-        terminalreporter.section("chaos")
-        for row in [("killed", "seconds", "final loss and weights equal"), *rows]:
-            terminalreporter.write_line("{:<66} {:>13}  {}".format(*row))
-
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:

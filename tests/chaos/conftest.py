@@ -1,17 +1,21 @@
-"""The table that `make chaos` ends with; what prints it is in tests/conftest.py, which every session loads."""
+"""The table that `make chaos` ends with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
-from tests.conftest import CHAOS
-
-AddRow = Callable[[str, str, str], None]
+ROWS = pytest.StashKey[list[tuple[str, str, str]]]()
 
 
 @pytest.fixture
-def add_row(record_property: Callable[[str, object], None]) -> AddRow:
-    """Of case, seconds from the kill until other workers began, and whether the end is the undisturbed run's."""
-    return lambda *cells: record_property(CHAOS, cells)
+def table(request: pytest.FixtureRequest) -> list[tuple[str, str, str]]:
+    """Rows of case, seconds from the kill until other workers began, and whether the end is the undisturbed run's."""
+    return request.config.stash.setdefault(ROWS, [])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    rows = config.stash.get(ROWS, [])
+    if rows:
+        terminalreporter.section("chaos")
+        for row in [("killed", "seconds", "final loss and weights equal"), *rows]:
+            terminalreporter.write_line("{:<66} {:>13}  {}".format(*row))

@@ -15,7 +15,6 @@ import mlflow
 import pytest
 import torch
 
-from tests.chaos.conftest import AddRow
 from tests.chaos.harness import POINTS, Strike, actors_alive, disturbed, shared_cluster
 from tests.conftest import small_run as small_run_fixture
 from tests.runs import HANGS_S, losses, plans, saved, start, wait_until
@@ -61,7 +60,7 @@ def test_a_run_survives(
     victims: Sequence[str],
     tracked: dict[str, Any],
     undisturbed: Callable[[int], Path],
-    add_row: AddRow,
+    table: list[tuple[str, str, str]],
 ) -> None:
     reference = undisturbed(stage)
     tracked["cluster"] |= {"zero_stage": stage, "max_failures": len(POINTS)}
@@ -76,7 +75,7 @@ def test_a_run_survives(
         seconds = outcome.seconds if outcome is not None else []
         for victim, when, took in itertools.zip_longest(victims, POINTS, seconds):
             case = f"ZeRO-{stage}, {victim}, {when}"
-            add_row(case, "not recovered" if took is None else f"{took:.0f}", end)
+            table.append((case, "not recovered" if took is None else f"{took:.0f}", end))
     # From the last complete checkpoint, not from the beginning: the one after the first cut, or a later one.
     continued = re.findall(r"continued after step (\d+)", outcome.output)
     assert continued
@@ -103,7 +102,7 @@ def ends_like(raw: dict[str, Any], undisturbed: Path) -> bool:
 
 @pytest.mark.long
 def test_a_worker_that_hangs_is_lost(
-    tracked: dict[str, Any], undisturbed: Callable[[int], Path], add_row: AddRow
+    tracked: dict[str, Any], undisturbed: Callable[[int], Path], table: list[tuple[str, str, str]]
 ) -> None:
     """It answers nobody, but its connections stay open: only `cluster.timeout_s` tells, here 30 s."""
     point = "once the plan is agreed"
@@ -112,7 +111,7 @@ def test_a_worker_that_hangs_is_lost(
     assert outcome.code == 0, outcome.output + outcome.errors
     assert ends_like(tracked, undisturbed(2))
     # A kill is noticed at once; both then start a group.
-    add_row(f"ZeRO-2, other hangs, {point}", f"{outcome.seconds[0]:.0f}", "to the last bit")
+    table.append((f"ZeRO-2, other hangs, {point}", f"{outcome.seconds[0]:.0f}", "to the last bit"))
     assert outcome.seconds[0] < 30 + 2 * killed.seconds[0]
 
 
