@@ -28,11 +28,11 @@ from orchestrator.objective import Objective
 from orchestrator.sharded_state import ShardedState, States, parameter_groups
 from orchestrator.zero import (
     EngineState,
-    avoid_impossible_builds,
     forget_engines,
     gathered,
     optimizer_step,
     partition,
+    prepare_collectives,
     whole_shape,
 )
 
@@ -57,7 +57,7 @@ class Engine:
         self.gradient_norm = torch.zeros((), device=group.device)
         """Of the last step, over all workers and before clipping; NaN or infinite where that step was none."""
         self._objective = Objective(config.train, group)
-        avoid_impossible_builds()
+        prepare_collectives()
         self._build(state_dims)
 
     def step(self, batch: Batch, step: int, pace: Pace = STEADY) -> Tensor:

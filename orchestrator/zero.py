@@ -10,10 +10,12 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import (
@@ -26,9 +28,10 @@ from deepspeed.utils import (
     set_z3_leaf_modules,
 )
 from torch import Tensor, nn
-from torch.utils.cpp_extension import get_cxx_compiler, is_ninja_available
+from torch.utils.cpp_extension import _get_build_directory, get_cxx_compiler, is_ninja_available
 
 from compression.moments import ParameterState
+from models.scan.extension import locked
 from orchestrator.group import Group
 from orchestrator.sharded_state import ShardedState, States, assign_owners
 from orchestrator.versions import deepspeed_version
@@ -36,13 +39,24 @@ from orchestrator.versions import deepspeed_version
 # `forget_engines`, `_masters` and `_create_optimizer_state` rely on attributes of one series. The driver has looked
 # before it started anything; a worker may be on another machine.
 deepspeed_version()
+COLLECTIVES = "deepspeed_shm_comm"
 
 
-def avoid_impossible_builds() -> None:
-    """Leave collectives to gloo where nothing can be compiled: DeepSpeed builds its own for CPUs, and else fails."""
+def prepare_collectives() -> None:
+    """Build DeepSpeed's own collectives for CPUs, or leave them to gloo where nothing can be compiled.
+
+    DeepSpeed would fail there. And torch's loader leaves a lock file where it is killed, for which every later one
+    would wait for ever: whoever builds holds a lock of the kernel's, and then such a file is nobody's.
+    """
     compiler = shlex.split(get_cxx_compiler())[0]  # type: ignore[no-untyped-call]
     if shutil.which(compiler) is None or not is_ninja_available():
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.ops.__compatible_ops__[COLLECTIVES] = False
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not deepspeed.ops.__compatible_ops__.get(COLLECTIVES, False):
+        return
+    with locked(COLLECTIVES):
+        Path(_get_build_directory(COLLECTIVES, verbose=False), "lock").unlink(missing_ok=True)
+        builder.load()
 
 
 def partition(module: nn.Module, config: dict[str, Any]) -> None:

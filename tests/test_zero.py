@@ -6,6 +6,8 @@ import ctypes
 import gc
 import math
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from orchestrator.data.batches import Batch
 from orchestrator.group import Group
 from tests.conftest import Pair
 from tests.plans import cut_of
+from tests.runs import HANGS_S
 
 pytestmark = pytest.mark.cluster
 TASK = ClassificationTask(n_features=3, n_classes=5)
@@ -365,3 +368,21 @@ def test_under_zero_3_a_cut_holds_one_layer_at_a_time(pair: Pair) -> None:
     model = config.model.model_copy(update={"d_model": 384, "n_layers": layers})
     for peak, whole in pair(peak_of_a_cut, config.model_copy(update={"model": model})):
         assert peak <= whole / 2 + 2 * whole / layers
+
+
+LEFT_BEHIND = """
+from pathlib import Path
+from torch.utils.cpp_extension import _get_build_directory
+from orchestrator.zero import COLLECTIVES, prepare_collectives
+lock = Path(_get_build_directory(COLLECTIVES, verbose=False), "lock")
+lock.touch()
+prepare_collectives()
+print(lock.exists())
+"""
+
+
+def test_a_build_that_was_killed_holds_nobody_up() -> None:
+    """torch's loader would wait for the end of a process that has gone."""
+    command, environment = [sys.executable, "-c", LEFT_BEHIND], os.environ | {"DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGS_S, check=False)
+    assert done.stdout.endswith("False\n"), done.stderr

@@ -31,8 +31,8 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-std=c++20")
 
 
 @contextmanager
-def _locked(name: str) -> Iterator[Path]:
-    """The folder of a library, for one process at a time, and no longer than that process lives."""
+def locked(name: str) -> Iterator[Path]:
+    """The folder of what a machine builds once, for one process at a time, and no longer than that process lives."""
     cache = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "rayduce"
     folder = Path(cache) / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def _build() -> tuple[Any, str]:
     key = repr((torch.__version__, features, FLAGS, [file.read_text() for file in SOURCES + HEADERS]))
     name = f"rayduce_scan_{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     try:
-        with _locked(name) as folder:
+        with locked(name) as folder:
             library = folder / f"{name}.so"
             if library.exists():
                 torch.ops.load_library(library)  # type: ignore[no-untyped-call]
