@@ -12,14 +12,13 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
-from importlib import metadata
 
 import torch
 from torch import Tensor
 
 from benchmarks.measure import SEED, Duel, Step, duel
 from benchmarks.published import CLONE, PublishedCut
-from benchmarks.report import AT_MOST, RESULTS, Row, cpu_model, report
+from benchmarks.report import AT_MOST, RESULTS, Row, report, setting
 from compression.gramians import LTISystem
 from compression.plan import StateTransform
 from compression.truncation import BalancedLTI
@@ -148,13 +147,9 @@ BESIDE_PUBLISHED = tuple(
 
 
 def head() -> str:
-    """What the numbers depend on."""
     rates = ", ".join(f"{str(dtype)[6:]} {product_gflops(dtype):.0f}" for dtype in (torch.float32, torch.complex128))
-    return (
-        f"torch {metadata.version('torch')}; {cpu_model()}, {torch.get_num_threads()} threads\n"
-        f"H {WIDTH}; ours in complex128, the published code in complex64; GFLOP/s of matrix products: {rates}\n"
-        "medians of interleaved rounds; spread is the interquartile range of the rounds' ratios"
-    )
+    said = f"H {WIDTH}; ours in complex128, the published code in complex64; GFLOP/s of matrix products: {rates}\n"
+    return setting("torch", said=said)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,13 +8,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from functools import partial
-from importlib import metadata
-
-import torch
 
 from benchmarks.measure import Duel, duel
 from benchmarks.peers import SMNIST, Penalty, lru_training_step
-from benchmarks.report import RESULTS, Row, cpu_model, report
+from benchmarks.report import RESULTS, Row, report, setting
 from compression.baselines.regularization import dense_nuclear_norm, hankel_sum
 
 
@@ -34,16 +31,8 @@ ROWS = (
 )
 
 
-def head() -> str:
-    """What the numbers depend on."""
-    return (
-        f"torch {metadata.version('torch')}; {cpu_model()}, {torch.get_num_threads()} threads\n"
-        "medians of interleaved rounds; spread is the interquartile range of the rounds' ratios"
-    )
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    output = RESULTS / "regularization.json"
+    head, output = partial(setting, "torch"), RESULTS / "regularization.json"
     return report("python -m benchmarks.regularization", "Benchmarks of penalties.", ROWS, head, output, arguments)
 
 

@@ -98,6 +98,15 @@ def report(
     return 0 if all(result.passed for result in results) else 1
 
 
+def setting(*libraries: str, said: str = "") -> str:
+    """What the numbers depend on: versions, processor and threads, and what else is to be said of them."""
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in libraries)
+    return (
+        f"{versions}; {cpu_model()}, {torch.get_num_threads()} threads\n{said}"
+        "medians of interleaved rounds; spread is the interquartile range of the rounds' ratios"
+    )
+
+
 def run(row: Row) -> tuple[Result, int]:
     """The row's result, and its number of rounds."""
     measured = row.measure(row.seconds)

@@ -9,13 +9,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from functools import partial
-from importlib import metadata
-
-import torch
 
 from benchmarks import peers
 from benchmarks.measure import BlockPass, Build, Duel, Shape, duel, duel_for_memory
-from benchmarks.report import AT_MOST, RESULTS, Row, cpu_model, report
+from benchmarks.report import AT_MOST, RESULTS, Row, report, setting
 from models.selective import SelectiveLayer
 
 BLOCK = Shape(batch=8, length=256, width=peers.D_MODEL)
@@ -97,13 +94,8 @@ ROWS = (
 
 
 def head() -> str:
-    """What the numbers depend on."""
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "mambapy", "transformers"))
-    return (
-        f"{versions}; {cpu_model()}, {torch.get_num_threads()} threads\n"
-        f"float32, forward and backward; blocks: B {BLOCK.batch}, d_model {BLOCK.width}, L {BLOCK.length} unless said\n"
-        "medians of interleaved rounds; spread is the interquartile range of the rounds' ratios"
-    )
+    blocks = f"blocks: B {BLOCK.batch}, d_model {BLOCK.width}, L {BLOCK.length} unless said"
+    return setting("torch", "mambapy", "transformers", said=f"float32, forward and backward; {blocks}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
