@@ -133,12 +133,7 @@ class LRU(TruncatableLayer):
         C_moments = ComplexMoments.of(states["C_re"], states["C_im"]).T.through(left_RN.conj()).T
         C_re, C_im = C_moments.with_values(C_HR.real, C_HR.imag)
 
-        # exp(gamma_log) multiplies row i of B, so its gradient is the inner product of B_i and B_i's gradient.
-        gamma_log = ParameterState(
-            gamma_new_R.log().float(),
-            (B_re.value * B_re.exp_avg + B_im.value * B_im.exp_avg).sum(1),
-            (B_re.value**2 * B_re.exp_avg_sq + B_im.value**2 * B_im.exp_avg_sq).sum(1),
-        )
+        gamma_log = _shrink_gamma(states, B_re, B_im, gamma_new_R.log(), cut.ancestors_R.to(device))
         nu_log, theta_log = _shrink_eigenvalues(states["nu_log"], states["theta_log"], cut, new_R)
         return dict(states) | {
             "nu_log": nu_log,
@@ -155,6 +150,29 @@ def _polar(eigenvalues_R: Tensor) -> Tensor:
     """Eigenvalues that the parametrisation can hold: not zero, and not 1 to float32's rounding."""
     magnitude_R = eigenvalues_R.abs().clamp(SMALLEST_MAGNITUDE, 1 - torch.finfo(torch.float32).eps)
     return torch.polar(magnitude_R, eigenvalues_R.angle())
+
+
+def _shrink_gamma(
+    old: Mapping[str, ParameterState], B_re: ParameterState, B_im: ParameterState, value_R: Tensor, ancestors_R: Tensor
+) -> ParameterState:
+    """gamma_log, whose moments follow from those of B and from the ancestor's.
+
+    exp(gamma_log) multiplies row i of B, so its gradient is the inner product of B_i and B_i's gradient. Averages of
+    that differ from what B and its moments come to by how B moved meanwhile, and squares by correlations within the
+    row. The ancestor tells both, so that a cut that loses nothing changes neither moment.
+    """
+
+    def inner(re: ParameterState, im: ParameterState) -> tuple[Tensor, Tensor]:
+        first_N = (re.value.double() * re.exp_avg + im.value.double() * im.exp_avg).sum(1)
+        second_N = (re.value.double() ** 2 * re.exp_avg_sq + im.value.double() ** 2 * im.exp_avg_sq).sum(1)
+        return first_N, second_N
+
+    gamma = old["gamma_log"]
+    (first_N, second_N), (first_R, second_R) = inner(old["B_re"], old["B_im"]), inner(B_re, B_im)
+    apart_N = gamma.exp_avg - first_N
+    ratio_N = torch.where(second_N > 0, gamma.exp_avg_sq / second_N, 1.0)
+    exp_avg_R, exp_avg_sq_R = first_R + apart_N[ancestors_R], second_R * ratio_N[ancestors_R]
+    return ParameterState(value_R.float(), exp_avg_R.float(), exp_avg_sq_R.float())
 
 
 def _shrink_eigenvalues(

@@ -307,9 +307,9 @@ def test_lru_without_silent_states_is_the_same_layer(kind: str) -> None:
         assert relative_error(state.exp_avg.double(), expected[name].exp_avg) < 2e-4, name
         assert state.value.shape == state.exp_avg.shape == state.exp_avg_sq.shape
         assert bool((state.exp_avg_sq >= 0).all()), name
-    # A lossless cut turns every kept state by one complex factor: eigenvalues keep their second moments, and B and C
-    # the sum over real and imaginary part.
-    for name in ("nu_log", "theta_log"):
+    # A lossless cut turns every kept state by one complex factor: eigenvalues and gamma keep their second moments, and
+    # B and C the sum over real and imaginary part.
+    for name in ("nu_log", "theta_log", "gamma_log"):
         assert relative_error(cut[name].exp_avg_sq.double(), expected[name].exp_avg_sq) < 2e-4, name
     for name in ("B", "C"):
         actual = cut[f"{name}_re"].exp_avg_sq + cut[f"{name}_im"].exp_avg_sq

@@ -174,10 +174,7 @@ def test_training_goes_on_as_without_the_padding(kind: str, compensate: bool, ba
     config = CONFIGS[kind]
     padded, bare = (Run(model) for model in padded_and_bare(config, "unreachable", "unobservable"))
     assert padded.train(6) == pytest.approx(bare.train(6), rel=1e-5)
-    # Where states are chosen they are the same numbers. An LRU's are computed, and rounded to float32; Adam makes steps
-    # of full length from gradients of any size, those of the size of rounding too.
-    tolerance = 5e-4 if kind == "lru" else 1e-5
-    assert padded.cut(config, SMALL, compensate=compensate).train(10) == pytest.approx(bare.train(10), rel=tolerance)
+    assert padded.cut(config, SMALL, compensate=compensate).train(10) == pytest.approx(bare.train(10), rel=1e-5)
 
 
 @pytest.mark.parametrize("lacking", get_args(Lacking))
@@ -191,7 +188,7 @@ def test_a_state_that_lacks_one_of_both_is_cut_with_the_moments_it_has(
     bare = Run(bare_model)
     bare.train(6)
     cut = embedded(config, padded, bare, lacking).cut(config, SMALL, compensate=compensate)
-    assert cut.train(10) == pytest.approx(bare.train(10), rel=5e-4 if kind == "lru" else 1e-5)
+    assert cut.train(10) == pytest.approx(bare.train(10), rel=1e-5)
 
 
 def final_weights(run: Run) -> Tensor:
