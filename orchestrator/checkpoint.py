@@ -28,6 +28,7 @@ from orchestrator.guard import Watch
 from orchestrator.sharded_state import ShardedState, assign_owners
 
 MANIFEST = "manifest.json"
+_UNCUT = "uncut-"
 _PARTS = ("value", "exp_avg", "exp_avg_sq")
 _READERS = 4
 
@@ -100,6 +101,16 @@ def serialized(states: Mapping[str, ParameterState]) -> bytes:
 def at(folder: Folder, step: int) -> Folder:
     """Where the checkpoint of a step lies."""
     return folder / f"step-{step:08d}"
+
+
+def uncut_at(folder: Folder, step: int) -> Folder:
+    """Where the state right before the cut after `step` lies, as long as a guard watches that cut."""
+    return folder / f"{_UNCUT}{step:08d}"
+
+
+def uncuts(folder: Folder) -> list[Folder]:
+    """What there is of `uncut_at`, complete or not."""
+    return [folder / name for name in folder.names() if name.startswith(_UNCUT)]
 
 
 def _step_of(name: str) -> int | None:

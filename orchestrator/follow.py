@@ -15,7 +15,7 @@ from compression.plan import TruncationPlan
 from orchestrator.config import RunConfig
 from orchestrator.errors import TrainingError
 from orchestrator.events import CutRecord, Event, Lost, Measured, Probed, RolledBack, Saved, Started, Stopped
-from orchestrator.run_folder import plan_path
+from orchestrator.run_folder import drop_plans_after, plan_path
 from orchestrator.terminal import Terminal, count, dims, duration
 from orchestrator.tracking import Tracker
 
@@ -116,6 +116,8 @@ class Follower:
             case RolledBack(step, reason):
                 self.step = step
                 self.cuts = [replace(cut, rolled_back=cut.rolled_back or cut.step >= step) for cut in self.cuts]
+                drop_plans_after(self._folder, step)
+                self._tracker.log(step, {"rolled_back": 1.0})
                 self._terminal.line(f"rolled back to step {step}, before the cut: {reason}; nothing more will be cut")
             case Saved(_, path):
                 self.checkpoint = path

@@ -20,7 +20,7 @@ from models.scan import backends
 from orchestrator import checkpoint
 from orchestrator.checkpoint import Manifest
 from orchestrator.checkpoint_writer import Writer
-from orchestrator.config import Pace
+from orchestrator.config import GuardConfig, Pace
 from orchestrator.coordinator import coordinate
 from orchestrator.data import arrow
 from orchestrator.data.batches import Batch, TrainBatches, validation_batches
@@ -70,7 +70,6 @@ class Worker:
         self.watch: Watch | None = None
         self.val_loss: float | None = None
         self.checkpoints = checkpoints_of(job.folder, config.checkpoints.storage, config.checkpoints.retry_s)
-        self.uncut = self.checkpoints / "uncut"
         self.writer = Writer(self.group.rank, self.group.size, config.cluster.timeout_s)
         self.stopping = False
         taken_over = self.group.together(lambda: self._take_over() if self.group.rank == 0 else None)
@@ -104,9 +103,12 @@ class Worker:
             report = due or probe or evaluate or self.step % train.log_every == 0
             if report and not self._report_losses():
                 continue
+            before = self.step
             cut = probe and self._probe()
-            if evaluate and not cut:
+            if evaluate and not cut and self.step == before:
                 self._measure(self._evaluate())
+            if self.step != before:
+                continue  # a cut was taken back
             stop = report and not last and self._stop_wanted()
             if due or cut or stop:
                 self._save(after_cut=cut)
@@ -151,6 +153,10 @@ class Worker:
         rule = self.config.truncation_rule
         assert rule is not None
         return rule.may_cut(self.engine.state_dims) and not any(cut.rolled_back for cut in self.truncations)
+
+    @property
+    def _guard(self) -> GuardConfig | None:
+        return self.config.truncation.guard if self.config.truncation else None
 
     def _train_step(self) -> None:
         started = time.perf_counter()
@@ -220,15 +226,14 @@ class Worker:
             return False
 
         plan, before = self.engine.certify(plan, self._held_out())
-        if not math.isfinite(before["val_loss"]):
-            self._give_up(f"the held-out loss after step {self.step}")
+        # An earlier cut first: what this one is measured by must not be what that one has cost.
+        if not self._judge(before):
             return False
         self._keep_plan(plan)
-        guard = self.config.truncation.guard if self.config.truncation else None
+        guard = self._guard
         if guard is not None and self.watch is None:
             self.watch = Watch(step=self.step, before=before[guard.metric], evaluations_left=guard.patience + 1)
-            self.val_loss = before["val_loss"]
-            self._write_checkpoint(self.uncut, after_cut=False)
+            self._write_checkpoint(checkpoint.uncut_at(self.checkpoints, self.step), after_cut=False)
         reach("plan", self.step)
         started = time.perf_counter()
         self.engine.reshape(plan)
@@ -282,15 +287,21 @@ class Worker:
             FloatingPointError: as `_give_up`, for the held-out loss.
         """
         self._publish([Measured(self.step, metrics | self._dims())])
+        return self._judge(metrics)
+
+    def _judge(self, metrics: dict[str, float]) -> bool:
+        """Hold an evaluation against the guard; False where the last cut was taken back.
+
+        Raises:
+            FloatingPointError: as `_give_up`, for the held-out loss.
+        """
         self.val_loss = metrics["val_loss"]
         if not math.isfinite(self.val_loss):
             self._give_up(f"the held-out loss after step {self.step}")
             return False
-        if self.watch is None:
+        guard = self._guard
+        if self.watch is None or guard is None:
             return True
-        assert self.config.truncation is not None
-        guard = self.config.truncation.guard
-        assert guard is not None
         self.watch = self.watch.after_another()
         value = metrics[guard.metric]
         verdict = self.watch.verdict(guard, value, last=self.step == self.config.train.steps)
@@ -307,7 +318,8 @@ class Worker:
         step = self.watch.step
         self._publish([RolledBack(step, reason)])
         self.group.together(self.writer.wait)  # rank 0 for the whole checkpoint
-        manifest, state = self.group.together(lambda: self._read(self.uncut, checkpoint.verify))
+        uncut = checkpoint.uncut_at(self.checkpoints, step)
+        manifest, state = self.group.together(lambda: self._read(uncut, checkpoint.verify))
         assert manifest.step == step, f"the checkpoint before the cut is of step {manifest.step}, not {step}"
         self.engine.restore(manifest.state_dims, state)
         self.step, self.watch, self.val_loss = step, None, manifest.val_loss
@@ -315,7 +327,7 @@ class Worker:
         self._save(after_cut=False)
 
     def _save(self, after_cut: bool) -> None:
-        path, watching = checkpoint.at(self.checkpoints, self.step), self.watch is not None
+        path = checkpoint.at(self.checkpoints, self.step)
         saved = Saved(self.step, str(path))
 
         def before() -> None:
@@ -325,9 +337,6 @@ class Worker:
         def after() -> None:
             ray.get(self.coordinator.publish.remote(self.attempt, [saved]))
             prune(self.checkpoints, saved.step, self.config.checkpoints)
-            if not watching:
-                # Last, because a run that continues from a checkpoint that is still watching needs it.
-                checkpoint.delete(self.uncut)
 
         self._write_checkpoint(path, after_cut, before, after)
 

@@ -108,7 +108,10 @@ def _loss(run: Recorded) -> Figure:
 
 def _mark_cuts(axes: Axes, cuts: list[Json]) -> None:
     """Vertical lines with labels above the axes, pushed apart so that cuts close together stay readable."""
-    labels = [f"{_range(cut['dims_before'])}→{_range(cut['dims_after'])}" for cut in cuts]
+    labels = [
+        f"{_range(cut['dims_before'])}→{_range(cut['dims_after'])}{', rolled back' if cut['rolled_back'] else ''}"
+        for cut in cuts
+    ]
     upright = len(cuts) > 6
     gap = 0.024 if upright else 0.02 + 0.009 * max(map(len, labels), default=0)
     low, high = axes.get_xlim()

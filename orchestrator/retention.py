@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the last ones, the best ones, and those right after a truncation."""
+"""Which checkpoints stay: the last ones, the best ones, those right after a truncation, and what a guard may need."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def kept(manifests: Sequence[Manifest], policy: CheckpointsConfig) -> set[int]:
 def prune(folder: Folder, now: int, policy: CheckpointsConfig) -> None:
     """Delete all that need not stay beside the checkpoint of step `now`, which has just become complete.
 
-    Later checkpoints have been taken back, and incomplete ones are what a killed run has left.
+    Later checkpoints have been taken back, and incomplete ones are what a killed run has left. The state before a cut
+    stays as long as that checkpoint is still watching the cut.
     """
     manifests = []
     for step in checkpoint.steps(folder):
@@ -46,3 +47,8 @@ def prune(folder: Folder, now: int, policy: CheckpointsConfig) -> None:
     for manifest in manifests:
         if manifest.step not in stay:
             checkpoint.delete(checkpoint.at(folder, manifest.step))
+    watches = [manifest.watch for manifest in manifests if manifest.step == now]
+    watched = [str(checkpoint.uncut_at(folder, watch.step)) for watch in watches if watch is not None]
+    for path in checkpoint.uncuts(folder):
+        if str(path) not in watched:
+            checkpoint.delete(path)

@@ -70,7 +70,6 @@ def read_metrics(folder: Path) -> list[Json]:
     if not path.is_file():
         raise UserError(f"{folder} has no metrics.jsonl: expected the folder of a training run")
     rows: dict[int, Json] = {}
-    previous = None
     lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         try:
@@ -80,9 +79,9 @@ def read_metrics(folder: Path) -> list[Json]:
             if number == len(lines) and not line.endswith(b"\n"):
                 break  # the run was killed, or is at this moment, in the middle of this line
             raise UserError(f"{path}, line {number}: expected a JSON object with a `step`") from error
-        # Neighbouring rows of one step complete each other; a step that comes back later was trained again.
-        rows[step] = {**rows[step], **row} if step == previous else row
-        previous = step
+        # Rows of one step complete each other; a second training loss is that of a step that was trained again.
+        known = rows.get(step, {})
+        rows[step] = row if "train_loss" in row and "train_loss" in known else known | row
     if not rows:
         raise UserError(f"{path} holds no complete row: expected one JSON object a line")
     return [rows[step] for step in sorted(rows)]
@@ -157,4 +156,4 @@ def _cut(plan: Json, row: Json) -> Json:
     }
     per_layer = {name: [layer[key] for layer in plan["layers"]] for name, key in columns.items()}
     losses = {key: row.get(key) for key in ("val_loss_before", "val_loss_after")}
-    return {"step": plan["step"], "digest": plan["digest"], "rolled_back": False, **per_layer, **losses}
+    return {"step": plan["step"], "digest": plan["digest"], "rolled_back": "rolled_back" in row, **per_layer, **losses}

@@ -35,6 +35,7 @@ from orchestrator.config import CheckpointsConfig, ClusterConfig, parse_config
 from orchestrator.errors import TrainingError, UserError
 from orchestrator.filesystem import Folder
 from orchestrator.group import Group, limit_waiting
+from orchestrator.guard import Watch
 from orchestrator.retention import kept, prune
 from orchestrator.sharded_state import ShardedState, assign_owners
 from orchestrator.storage import checkpoints_of, run_folder
@@ -486,15 +487,17 @@ def test_retention_keeps_the_last_the_best_and_the_cuts() -> None:
 def test_pruning_leaves_complete_checkpoints_alone_that_are_to_stay(folder: Folder) -> None:
     losses = {1: 0.5, 2: 3.0, 3: 2.0, 4: 1.0, 5: 4.0}
     for step, loss in losses.items():
-        write(folder, step, val_loss=loss, after_cut=step == 3, seed=step)
+        watch = Watch(step=4, before=1.0, evaluations_left=1) if step == 5 else None
+        write(folder, step, val_loss=loss, after_cut=step == 3, seed=step, watch=watch)
     write(folder, 9)  # has been taken back
     write(folder, 12).delete(MANIFEST)
-    (folder / "uncut").create()
+    for step in (2, 4):
+        checkpoint.uncut_at(folder, step).create()
     checkpoint.at(folder, 2).delete(MANIFEST)  # as if a deletion had been interrupted
     prune(folder, 5, CheckpointsConfig(keep_last=1))
     assert checkpoint.steps(folder) == [1, 3, 5]
     assert all(equal(restored(checkpoint.at(folder, step)), states(step)) for step in (1, 3, 5))
-    assert "uncut" in folder.names()
+    assert [path.name for path in checkpoint.uncuts(folder)] == ["uncut-00000004"], "what step 5 is still watching"
 
 
 def test_a_damaged_checkpoint_is_not_deleted_for_its_loss(folder: Folder) -> None:

@@ -19,7 +19,7 @@ from orchestrator.guard import Watch
 from orchestrator.inference import load_model
 from orchestrator.run_folder import last_plan, read_metrics
 from orchestrator.storage import checkpoints_of
-from tests.runs import losses, train
+from tests.runs import losses, plans, train
 
 
 def finished(raw: dict[str, Any], **changes: Any) -> tuple[Path, dict[str, Any]]:
@@ -82,7 +82,29 @@ def test_a_cut_that_hurts_is_taken_back(small_run: dict[str, Any], local_ray: No
     assert summary["val_loss_final"] == expected["val_loss_final"]
     ours, theirs = weights(folder), weights(uncut)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert not (folder / "checkpoints" / "uncut").exists()
+    assert not list((folder / "checkpoints").glob("uncut*"))
+
+
+@pytest.mark.cluster
+def test_a_cut_is_judged_by_what_was_right_before_it(small_run: dict[str, Any], local_ray: None) -> None:
+    """Not by the loss before an earlier one, which the training has meanwhile made good."""
+    small_run |= {"data": {"source": "digits"}, "model": {"kind": "lru", "n_layers": 2, "d_model": 16, "d_state": 16}}
+    small_run["train"] |= {"steps": 110, "batch_size": 40, "eval_every": 101, "checkpoint_every": 90}
+    cut = {"target": {"dim": 4}, "steps": [2], "score": "smallest"}
+    guard = {"guard": {"tolerance": 0, "patience": 1}}
+    folder, summary = finished(
+        small_run, name="guarded", truncation=cut | {"target": {"dim": 1}, "steps": [2, 100]} | guard
+    )
+    once, expected = finished(small_run, name="once", truncation=cut)
+    first, second = summary["truncations"]
+    assert first["val_loss_after"] > first["val_loss_before"], "else nothing is open at the second cut"
+    assert second["val_loss_before"] < first["val_loss_before"]
+    assert [(cut["step"], cut["rolled_back"]) for cut in (first, second)] == [(2, False), (100, True)]
+    assert summary["final_dims"] == [4, 4]
+    assert losses(folder) == losses(once)
+    assert summary["val_loss_final"] == expected["val_loss_final"]
+    assert not list((folder / "checkpoints").glob("uncut*"))
+    assert [plan.step for plan in plans(folder)] == [2, 100]
 
 
 @pytest.mark.cluster
@@ -91,7 +113,7 @@ def test_a_cut_that_recovers_stays(small_run: dict[str, Any], local_ray: None) -
     folder, summary = finished(small_run)
     assert summary["final_dims"] == [4, 4]
     assert not any(cut["rolled_back"] for cut in summary["truncations"])
-    assert not (folder / "checkpoints" / "uncut").exists()
+    assert not list((folder / "checkpoints").glob("uncut*"))
     assert checkpoint.verify(newest(folder)).watch is None
     [moved] = [row for row in read_metrics(folder) if "hsv_drift_00" in row]
     assert (moved["step"], set(moved) >= {"hsv_drift_01", "kept_overlap_00", "kept_overlap_01"}) == (7, True)

@@ -155,6 +155,19 @@ def test_unfinished_run_is_read_from_its_plans(run: Path) -> None:
     assert hashlib.sha256(b"20").hexdigest()[:12] not in text
 
 
+def test_a_cut_that_was_taken_back_is_not_in_force(run: Path) -> None:
+    (run / "summary.json").unlink()
+    append(run, '{"step": 30, "rolled_back": 1.0}\n{"step": 31, "train_loss": 2.0}\n')
+    text = text_of(write_report(run))
+    assert "30, rolled back 45 30 → 12 7" in text
+    assert "10 all 64 → 45 30" in text
+    assert "the bounds of several cuts add up" in text
+    assert "here to 0.5 1.5 per layer" in text, "those of the first cut alone"
+    rows = {row["step"]: row for row in read_run(run).rows}
+    assert rows[30]["train_loss"] > 1, "what was measured at the step stays"
+    assert rows[31] == {"step": 31, "train_loss": 2.0}, "what was trained again counts anew"
+
+
 def test_plan_of_the_latest_attempt_counts(run: Path) -> None:
     (run / "summary.json").unlink()
     plan = json.loads((run / "plans/00000030-0.json").read_text())
