@@ -162,7 +162,7 @@ class Messages:
     collectives: int  # reductions of statistics, and the comparison of the plans' digests
     spectra: int  # of all layers, into the actor
     reductions: int  # of all layers, into the actor, and to each worker as the plan
-    actor_peak: int
+    actor_peak: int  # the plan that it makes, the last one, and the last one again until the driver has taken it
 
     @staticmethod
     def calls(workers: int) -> int:
@@ -183,7 +183,7 @@ def messages(stack: Stack) -> Messages:
         collectives=(stack.layers if reduced else 0) + 1,
         spectra=stack.layers * spectrum,
         reductions=stack.layers * reduction,
-        actor_peak=stack.layers * (spectrum + reduction),
+        actor_peak=stack.layers * (spectrum + 3 * reduction),
     )
 
 

@@ -112,6 +112,7 @@ def keep_first(layer: int, before: int, after: int) -> LayerPlan:
         dim_after=after,
         reduction=StateSelection(tuple(range(after)), None),
         spectrum=(),
+        score_spectrum=(),
         order=(),
         mass_kept=1.0,
         drift=None,

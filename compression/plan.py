@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PLAN_FORMAT = 2
+PLAN_FORMAT = 3
 DTYPES = {"float64": "<f8", "complex128": "<c16"}
 
 
@@ -71,9 +71,12 @@ class LayerPlan:
     reduction: Reduction | None
     spectrum: tuple[float, ...]
     """All HSVs in descending order, whatever score ranked the states."""
+    score_spectrum: tuple[float, ...]
+    """What decided how many states are kept, in descending order: the HSVs, or the spectrum of a score of its own."""
     order: tuple[int, ...]
     """States in the order in which they would be kept; empty where states are combined instead of chosen."""
     mass_kept: float
+    """The kept states' share of the score's spectrum."""
     drift: float | None
     """Share of the spectrum that moved since the last probe (`hankel.spectrum_drift`); None at the first.
 
@@ -160,7 +163,7 @@ class TruncationPlan:
 
 
 def _layer_from_content(content: dict[str, Any]) -> LayerPlan:
-    lists = {key: tuple(content[key]) for key in ("spectrum", "order")}
+    lists = {key: tuple(content[key]) for key in ("spectrum", "score_spectrum", "order")}
     return LayerPlan(**content | lists | {"reduction": _reduction_from_content(content["reduction"])})
 
 

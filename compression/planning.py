@@ -156,6 +156,7 @@ def layer_plan(layer: int, solution: Solution, decision: Decision) -> LayerPlan:
         dim_after=rank,
         reduction=reduction,
         spectrum=tuple(solution.hsv_N.tolist()),
+        score_spectrum=tuple(solution.sigma_N.tolist()),
         order=solution.order,
         mass_kept=min(1.0, float(solution.own_N[:rank].sum()) / total) if reduction is not None and total > 0 else 1.0,
         drift=decision.drift,
@@ -189,7 +190,7 @@ def plan_truncation(
 def keep_everything(dims: Sequence[int], occasion: Occasion, reason: str) -> TruncationPlan:
     """A plan without a cut and without spectra, for a probe that could not be completed."""
     layers = {
-        layer: LayerPlan(layer, dim, dim, None, (), (), 1.0, None, None, 0, None, None, reason)
+        layer: LayerPlan(layer, dim, dim, None, (), (), (), 1.0, None, None, 0, None, None, reason)
         for layer, dim in enumerate(dims)
     }
     return assemble(layers, occasion)

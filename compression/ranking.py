@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 # Below this relative gain a cut costs more (a rebuild) than it saves (CompreSSM, arXiv 2510.02823, appendix B).
 SMALLEST_GAIN = 0.05
+SILENT = "kept: no state carries anything yet"
 
 Dim = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -35,18 +36,24 @@ class Budget(BaseModel):
 
 
 class Target(BaseModel):
-    """How far to truncate: by a tolerance on the HSV mass, to a size, or to whatever of both is smaller."""
+    """How far to truncate: by a tolerance on the spectrum, to a size, or to whatever of both is smaller.
+
+    The spectrum is that of the HSVs, or of a score that has its own (`Ranking.sigma_N`).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    tolerance: Share | None = Field(None, description="Share of the summed HSVs that each cut may discard, in (0, 1).")
+    tolerance: Share | None = Field(
+        None, description="Share of the spectrum's sum that each cut may discard, in (0, 1)."
+    )
     dim: Dim | tuple[Dim, ...] | None = Field(
         None, description="State dimension after the last cut: of all layers, or of each."
     )
     fraction: Share | None = Field(None, description="Share of its states that a layer has after the last cut.")
     budget: Budget | None = Field(None, description="Of all layers together; needs allocation global.")
     allocation: Literal["layer", "global"] = Field(
-        "layer", description="Each layer on its own, or one ranking of all layers' shares of HSV mass."
+        "layer",
+        description="Each layer on its own, or one ranking of all states by their share of their layer's spectrum.",
     )
     ladder: tuple[Dim, ...] | None = Field(
         None, description="Dimensions that the hardware likes; ranks are rounded up to them, or down for a budget."
@@ -115,6 +122,9 @@ def choose_ranks(spectra: Sequence[Spectrum], target: Target, event: int, events
         word = f"tolerance {target.tolerance:g}"
         reasons = [size if limit < rank else word for rank, limit in zip(within, limits, strict=True)]
     if target.uniform:
+        if any(spectrum.silent for spectrum in spectra):
+            waiting = "kept: another layer carries nothing yet, and all are to be alike"
+            return [(s.dim, SILENT if s.silent else waiting) for s in spectra]
         same = min(max(ranks), *(spectrum.dim for spectrum in spectra))
         if target.budget is not None:
             same = min(same, _rung_below(sum(limits) // len(limits), target.ladder))
@@ -129,7 +139,7 @@ def _gated(spectrum: Spectrum, rank: int, reason: str, last: bool) -> tuple[int,
     """A size has to be reached with the last event, however small the step."""
     dim = spectrum.dim
     if spectrum.silent:
-        return dim, "kept: no state carries anything yet"
+        return dim, SILENT
     if rank == dim or (rank > (1 - SMALLEST_GAIN) * dim and not last):
         return dim, f"kept: rank {rank} would shrink it by less than {SMALLEST_GAIN:.0%}"
     return rank, reason

@@ -84,6 +84,8 @@ class Crew:
         self._folder = folder
         # Its process may die like a worker's: whoever calls meanwhile waits until Ray has started it again.
         options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
+        # All workers wait here at once, perhaps beside those of a group that is dying: Ray would let 1,000 calls wait.
+        options["max_concurrency"] = 1000 + 2 * cluster.workers.max
         self.foreman = ray.remote(Foreman).options(**options).remote()
         self._number = 0
         self._fit: Future[None] | None = None

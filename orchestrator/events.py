@@ -30,9 +30,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class CutRecord:
-    """One truncation as `summary.json` lists it. `seconds`: from the probe's start to the rebuilt engine.
+    """One truncation as `summary.json` lists it. `seconds`: from the probe's start to the rebuilt engine, with the
+    certificate.
 
-    Per layer: dimensions, the share of the HSV mass that is kept, the bound on the error of LTI layers, and the
+    Per layer: dimensions, the share of the spectrum that is kept, the bound on the error of LTI layers, and the
     measured relative error of the output (`LayerPlan`).
     """
 

@@ -14,7 +14,7 @@ import ray.train.torch
 import torch
 
 from compression.plan import TruncationPlan
-from compression.planning import Occasion
+from compression.planning import Occasion, keep_everything
 from models.registry import Task
 from models.scan import backends
 from orchestrator import checkpoint
@@ -218,28 +218,29 @@ class Worker:
         reach("statistics", self.step)
         occasion = Occasion(self.step, self.attempt, probes.index(self.step) + 1, len(probes))
         plan = coordinate(self.coordinator, rule, occasion, statistics, self.group)
-        seconds = time.perf_counter() - started
-        self._publish([Measured(self.step, {"probe_ms": 1000 * seconds})])
+        self._publish([Measured(self.step, {"probe_ms": 1000 * (time.perf_counter() - started)})])
+        before: dict[str, float] = {}
+        if plan.truncates:
+            plan, before = self.engine.certify(plan, self._held_out())
+            # An earlier cut first: what this one is measured by must not be what that one has cost.
+            if not self._judge(before):
+                return False
+            if not all(math.isfinite(layer.output_error or 0.0) for layer in plan.layers):
+                plan = keep_everything(plan.dims_before, occasion, "kept: cut, a layer's output would not be finite")
+        self._keep_plan(plan)
         if not plan.truncates:
-            self._keep_plan(plan)
             self._publish([Probed(plan, None)])
             return False
 
-        plan, before = self.engine.certify(plan, self._held_out())
-        # An earlier cut first: what this one is measured by must not be what that one has cost.
-        if not self._judge(before):
-            return False
-        self._keep_plan(plan)
         guard = self._guard
         if guard is not None and self.watch is None:
             self.watch = Watch(step=self.step, before=before[guard.metric], evaluations_left=guard.patience + 1)
             self._write_checkpoint(checkpoint.uncut_at(self.checkpoints, self.step), after_cut=False)
         reach("plan", self.step)
-        started = time.perf_counter()
         self.engine.reshape(plan)
         reach("reshape", self.step)
         self.group.prove_equal(f"the parameters after the cut at step {self.step}", self.engine.checksum())
-        seconds += time.perf_counter() - started
+        seconds = time.perf_counter() - started
         after = self._evaluate()
         record = CutRecord(
             step=self.step,

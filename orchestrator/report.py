@@ -197,18 +197,28 @@ def _spectra(run: Recorded) -> Figure:
     steps = [plan["step"] for plan in run.plans]
     span = 1.1 * max(1, steps[-1] - steps[0])  # the end of the colour map is too pale for white
     colours = {step: matplotlib.colormaps["viridis"]((step - steps[0]) / span) for step in steps}
+    scored = False
     for step, layer in spectra:
         axes, rank = panels[layer["layer"]], layer["dim_after"]
-        sigma = np.array([value if value > 0 else np.nan for value in layer["spectrum"]])
-        axes.plot(np.arange(1, len(sigma) + 1), sigma, color=colours[step], linewidth=1.4)
-        if rank < layer["dim_before"] and rank <= len(sigma):
-            axes.plot(rank, sigma[rank - 1], "o", color=colours[step], markeredgecolor="white")
-    positive = np.array([value for _, layer in spectra for value in layer["spectrum"] if value > 0])
+        own, deciding = (
+            np.array([value if value > 0 else np.nan for value in layer[key]]) for key in ("spectrum", "score_spectrum")
+        )
+        axes.plot(np.arange(1, len(own) + 1), own, color=colours[step], linewidth=1.4)
+        if not np.array_equal(own, deciding, equal_nan=True):
+            scored = True
+            axes.plot(np.arange(1, len(deciding) + 1), deciding, "--", color=colours[step], linewidth=1)
+        if rank < layer["dim_before"] and rank <= len(deciding):
+            axes.plot(rank, deciding[rank - 1], "o", color=colours[step], markeredgecolor="white")
+    positive = np.array(
+        [value for _, layer in spectra for value in layer["spectrum"] + layer["score_spectrum"] if value > 0]
+    )
     if len(positive):
         # Values below rounding error say nothing and would flatten the part that matters.
         grid[0, 0].set_ylim(0.5 * max(positive.min(), 1e-10 * positive.max()), 2 * positive.max())
     shown = {steps[round(i)] for i in np.linspace(0, len(steps) - 1, 8)}
     handles = [Line2D([], [], color=colours[step], label=f"step {step:,}") for step in sorted(shown)]
+    if scored:
+        handles.append(Line2D([], [], color=GREY, linestyle="--", label="what the score ranks by"))
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
 

@@ -64,6 +64,7 @@ def cut_of(reduction: Reduction, dim_before: int, dim_after: int) -> LayerPlan:
         dim_after=dim_after,
         reduction=reduction,
         spectrum=(),
+        score_spectrum=(),
         order=(),
         mass_kept=1.0,
         drift=None,

@@ -229,6 +229,14 @@ def test_a_share_of_the_cost_is_not_rounded_away() -> None:
     assert sum(rank for rank, _ in choose_ranks(spectra, target, 1, 1)) == 57
 
 
+@pytest.mark.parametrize("size", [{"dim": 8}, {"budget": {"states": 64}, "allocation": "global"}])
+def test_uniform_waits_for_a_layer_that_carries_nothing(size: dict[str, Any]) -> None:
+    silent, flat = (Spectrum((value,) * 64, initial_dim=64, channels=1) for value in (0.0, 1.0))
+    chosen = choose_ranks([silent, flat], Target(uniform=True, **size), 1, 1)
+    assert [rank for rank, _ in chosen] == [64, 64]
+    assert all("carries" in reason for _, reason in chosen)
+
+
 def test_uniform_gives_all_layers_the_largest_rank_but_keeps_to_a_budget() -> None:
     spectra = [Spectrum(tuple(decay**i for i in range(32)), 32, 1) for decay in (0.5, 0.8, 0.9)]
     alone = [rank for rank, _ in choose_ranks(spectra, Target(tolerance=0.05), 1, 1)]

@@ -35,12 +35,13 @@ def write_run(folder: Path) -> Path:
             {
                 "layer": i, "dim_before": old, "dim_after": new, "reduction": None, "order": list(range(old)),
                 "spectrum": [math.exp(-0.2 * n) for n in range(old - 1)] + [0.0],
+                "score_spectrum": [math.exp(-0.4 * n) for n in range(old - 1)] + [0.0],
                 "drift": 0.123 if event else None, "overlap": 0.75 if event else None, "quiet": 0,
                 "mass_kept": 0.98, "error_bound": 0.5 + i, "output_error": 0.0321, "reason": "tolerance",
             }
             for i, (old, new) in enumerate(zip(before, after, strict=True))
         ]  # fmt: skip
-        plan = {"format": 2, "step": step, "attempt": 0, "event": event, "digest": digest, "layers": layers}
+        plan = {"format": 3, "step": step, "attempt": 0, "event": event, "digest": digest, "layers": layers}
         (folder / "plans" / f"{step:08d}-0.json").write_text(json.dumps(plan))
         if before != after:
             truncations.append(
