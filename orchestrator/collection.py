@@ -14,6 +14,8 @@ from orchestrator.mlflow_tracker import MlflowTracker, mlflow_tracker, mlflow_ur
 from orchestrator.run_folder import write_whole
 from orchestrator.tracking import closing
 
+REQUEST = "request.json"
+
 
 def below(config: RunConfig, folder: Path) -> RunConfig:
     """The config with everything that its runs write below `folder`, but with the same MLflow."""
@@ -24,13 +26,13 @@ def below(config: RunConfig, folder: Path) -> RunConfig:
     return config.model_copy(update={"storage": folder, "tracking": tracking, "checkpoints": checkpoints})
 
 
-def remember_request(folder: Path, asked: dict[str, Any]) -> None:
-    """Keep what was asked for, plain values, in `request.json`.
+def refuse_another_request(folder: Path, asked: dict[str, Any]) -> None:
+    """Whether this, plain values, is what was begun with in `folder`, if anything.
 
     Raises:
         UserError: something else was asked for before; names what differs.
     """
-    path = folder / "request.json"
+    path = folder / REQUEST
     asked = json.loads(json.dumps(asked))
     if path.exists():
         now, then = dict(flatten(asked)), dict(flatten(json.loads(path.read_text())))
@@ -40,7 +42,11 @@ def remember_request(folder: Path, asked: dict[str, Any]) -> None:
                 f"{key.partition('.')[2]} (was {then.get(key)!r}, is {now.get(key)!r})" for key in changed
             )
             raise UserError(f"{folder} cannot continue with another value of {words}; another name= starts a new one")
-    write_whole(path, json.dumps(asked, indent=1) + "\n")
+
+
+def remember_request(folder: Path, asked: dict[str, Any]) -> None:
+    """Keep what was asked for; not before all that a person can have got wrong has been found, and can be corrected."""
+    write_whole(folder / REQUEST, json.dumps(asked, indent=1) + "\n")
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """A comparison: full size, truncation in mid-training, and what it claims to beat, each trained the same way.
 
 Methods of one seed share data order, steps and optimizer, and all that are made smaller end with the dimensions that
-truncation has reached at that seed. What begins as full size does begins with its checkpoint, with the metrics, and so
-the time, of the steps before.
+truncation has reached at that seed; those that are cut at their end, with as many states in all (`_own`). What begins
+as full size does begins with its checkpoint, with the metrics, and so the time, of the steps before.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from orchestrator import checkpoint, launch
-from orchestrator.collection import below, parent_run, remember_request
+from orchestrator.collection import below, parent_run, refuse_another_request, remember_request
 from orchestrator.comparison_report import Row, write_comparison
 from orchestrator.config import RunConfig, parse_config
 from orchestrator.crew import Crew
@@ -40,6 +40,8 @@ METHODS = {
     "hsv_regularized": "trained with a penalty on Hankel singular values, truncated at the end without more training",
     "nuclear_regularized": "the same with dense Lyapunov solves, as it used to be",
 }
+# The learning rate after pruning begins at this share of its peak, or higher where the schedule still is.
+FINE_TUNED_AT = 0.1
 PENALTIES = {"hsv_regularized": "hankel", "nuclear_regularized": "nuclear"}
 
 
@@ -86,10 +88,12 @@ def compare(config: RunConfig, request: Request) -> list[Row]:
     folder = config.storage / f"{config.name}-compare"
     with hold_folder(folder), ExitStack() as stack:
         base = below(config, folder)
-        remember_request(folder, {"config": base.model_dump(mode="json"), "request": asdict(request) | {"seeds": None}})
+        asked = {"config": base.model_dump(mode="json"), "request": asdict(request) | {"seeds": None}}
+        refuse_another_request(folder, asked)
         prepare(config.data, config.data_root)
         terminal = stack.enter_context(chatter_to(folder / "logs" / "ray.log"))
         stack.enter_context(ray_cluster(config))
+        remember_request(folder, asked)
         stop = stack.enter_context(stop_request())
         tracker = stack.enter_context(parent_run(config, folder, terminal.line))
         crew = stack.enter_context(Crew(config.cluster, folder / "ray_train", folder / "logs" / "ray.log"))
@@ -193,7 +197,7 @@ def _opponents(request: Request) -> list[str]:
 
 
 def _opponent(place: Place, cut: RunConfig, full: RunConfig, reached: Sequence[int], request: Request) -> RunConfig:
-    """The run of one method, which ends with the dimensions that truncation has reached.
+    """The run of one method, which ends at the size that truncation has reached.
 
     Raises:
         UserError: the model cannot be trained by this method.
@@ -211,13 +215,29 @@ def _opponent(place: Place, cut: RunConfig, full: RunConfig, reached: Sequence[i
             drawn = {"target": target, "score": place.method}
             return parse_config(raw | {"truncation": raw["truncation"] | drawn})
         case "magnitude":
-            # Full size to its end, one step more, the cut, and fine-tuning at the end of a schedule of that length.
-            longer = {"steps": steps + 1 + max(1, round(request.fine_tune * steps))}
-            pruning = {"target": target, "score": "magnitude", "compensate": False, "steps": [steps + 1]}
-            return parse_config(raw | {"train": train | longer, "truncation": pruning})
+            # Full size to its end, one step more, the cut, and fine-tuning at the end of a schedule of that length. Its
+            # rate may have come down to nothing by then.
+            longer = cut.train.model_copy(update={"steps": steps + 1 + max(1, round(request.fine_tune * steps))})
+            faster = max(1.0, FINE_TUNED_AT * longer.lr / longer.learning_rate(steps + 1))
+            pruning = {"score": "magnitude", "compensate": False, "steps": [steps + 1], "lr_factor": faster}
+            truncation = pruning | {"target": _own(cut, reached)}
+            return parse_config(raw | {"train": longer.model_dump(mode="json"), "truncation": truncation})
         case _:
             penalty = {"regularize": {"weight": request.penalty, "form": PENALTIES[place.method]}}
-            return parse_config(raw | {"train": train | penalty, "truncation": {"target": target, "steps": [steps]}})
+            truncation = {"target": _own(cut, reached), "steps": [steps]}
+            return parse_config(raw | {"train": train | penalty, "truncation": truncation})
+
+
+def _own(cut: RunConfig, reached: Sequence[int]) -> dict[str, Any]:
+    """As many states as truncation has reached, given to the layers by a model's own spectra.
+
+    Truncation's were those of another model. Rungs of a ladder and equal layers are reached as they are.
+    """
+    assert cut.truncation is not None
+    target = cut.truncation.target
+    if target.ladder is not None or target.uniform:
+        return {"dim": list(reached)}
+    return {"budget": {"states": sum(reached)}, "allocation": "global"}
 
 
 def _train_opponent(place: Place, config: RunConfig, full: RunConfig, team: _Team, whole: Row) -> Row:

@@ -7,6 +7,7 @@ reads YAML and `key.sub=value` overrides, and turns what pydantic finds into one
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
@@ -91,6 +92,15 @@ class TrainConfig(_Part):
     eval_batches: int = Field(8, ge=1, description="Held-out batches of batch_size per evaluation.")
     log_every: int = Field(10, ge=1, description="Steps between reports of loss and speed.")
     checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints; there is one at the end too.")
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then cosine; a function of the step (from 1) alone, so it survives any rebuild."""
+        warmup = round(self.warmup * self.steps)
+        if step <= warmup:
+            return self.lr * step / warmup
+        progress = (step - warmup) / max(1, self.steps - warmup)
+        floor = self.min_lr_factor
+        return self.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 class CheckpointsConfig(_Part):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -37,16 +36,6 @@ from orchestrator.zero import (
 )
 
 
-def learning_rate(step: int, train: TrainConfig) -> float:
-    """Linear warm-up, then cosine; a function of the step (from 1) alone, so it survives any rebuild."""
-    warmup = round(train.warmup * train.steps)
-    if step <= warmup:
-        return train.lr * step / warmup
-    progress = (step - warmup) / max(1, train.steps - warmup)
-    floor = train.min_lr_factor
-    return train.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
 class Engine:
     """One model under ZeRO on this worker. Every method counts on all workers calling it."""
 
@@ -65,7 +54,7 @@ class Engine:
 
         Returns their share in the loss, detached: the mean over the workers is the mean over the global batch.
         """
-        lr = learning_rate(step, self._config.train) * pace.lr
+        lr = self._config.train.learning_rate(step) * pace.lr
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         train, share = self._config.train, torch.zeros((), device=self._group.device)

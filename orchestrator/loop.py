@@ -25,7 +25,7 @@ from orchestrator.coordinator import coordinate
 from orchestrator.data import arrow
 from orchestrator.data.batches import Batch, TrainBatches, validation_batches
 from orchestrator.data.sources import prepare
-from orchestrator.engine import Engine, learning_rate
+from orchestrator.engine import Engine
 from orchestrator.events import CutRecord, Event, Job, Measured, Probed, RolledBack, Saved, Started, Stopped
 from orchestrator.failpoints import reach
 from orchestrator.filesystem import Folder
@@ -186,7 +186,7 @@ class Worker:
             metrics = {
                 "train_loss": loss,
                 "gradient_norm": norm,
-                "learning_rate": learning_rate(step, self.config.train) * self._pace.lr,
+                "learning_rate": self.config.train.learning_rate(step) * self._pace.lr,
                 "step_ms": 1000 * seconds,
                 "tokens_per_s": self.batches.tokens_per_step * self._pace.batch / seconds,
             }
@@ -278,8 +278,9 @@ class Worker:
         return self.engine.evaluate(self._held_out())
 
     def _dims(self) -> dict[str, float]:
-        """The state dimensions as metrics."""
-        return {f"d_state_{layer:02d}": float(dim) for layer, dim in enumerate(self.engine.state_dims)}
+        """The state dimensions as metrics, of each layer and together."""
+        dims = self.engine.state_dims
+        return {"states": float(sum(dims))} | {f"d_state_{layer:02d}": float(dim) for layer, dim in enumerate(dims)}
 
     def _measure(self, metrics: dict[str, float]) -> bool:
         """Publish what was measured; False where that made the guard take the last cut back.

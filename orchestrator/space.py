@@ -105,14 +105,9 @@ class Space:
         ends = [(values[0], values[-1]) for values in self.ends().values()]
         return [dict(zip(self.knobs, values, strict=True)) for values in itertools.product(*ends)]
 
-    def latest_first_cut(self, base: RunConfig, points: Sequence[Point]) -> int:
-        """The step by which each of these points and of the corners has cut for the first time."""
-        return max(_cut_by(self.config(base, point)) for point in (*points, *self.corners()))
-
-
-def _cut_by(config: RunConfig) -> int:
-    assert config.truncation is not None
-    return config.probe_steps[-1 if config.truncation.stable else 0]
+    def latest_cut(self, base: RunConfig, points: Sequence[Point]) -> int:
+        """The step by which each of these points and of the corners has made its last cut."""
+        return max(self.config(base, point).probe_steps[-1] for point in (*points, *self.corners()))
 
 
 def load_space(name: str) -> Space:

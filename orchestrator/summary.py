@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +26,23 @@ def write_summary(
     Step times are medians in milliseconds: before the first cut, without the first step, which warms up, and
     after the last cut. Without a cut there is nothing "after", and those values are None. Cuts that were rolled back
     do not count. `error_bounds`: of each LTI layer, the sum over all cuts, which the errors of the cuts together do
-    not exceed in the H-infinity norm. `train_seconds`: of all steps, probes and cuts, but for steps that a guard took
-    back and what a restart lost. `probe_share`: the time of all probes,
+    not exceed in the H-infinity norm. `train_seconds`: see there. `probe_share`: the time of all probes,
     each up to the agreed plan, over that of all steps; None where the steps' metrics are gone with their machine.
     """
-    rows = read_metrics(folder)
+    rows = {row["step"]: row for row in read_metrics(folder)}
     cuts = [cut for cut in truncations if not cut["rolled_back"]]
     first = cuts[0]["step"] if cuts else config.train.steps
     last = cuts[-1]["step"] if cuts else config.train.steps
 
     def median(key: str, low: int, high: float) -> float | None:
-        values = [row[key] for row in rows if key in row and low < row["step"] <= high]
+        values = [row[key] for step, row in rows.items() if key in row and low < step <= high]
         return statistics.median(values) if values else None
 
     def total(key: str) -> float:
-        return math.fsum(row.get(key, 0.0) for row in rows)
+        return math.fsum(row.get(key, 0.0) for row in rows.values())
 
-    # A cut's seconds begin with its probe.
-    cut_at = {cut["step"] for cut in truncations}
-    probing = math.fsum(row.get("probe_ms", 0.0) for row in rows if row["step"] not in cut_at)
     initial = config.model.state_dims
-    held_out = [row for row in rows if "val_loss" in row]
+    held_out = [row for row in rows.values() if "val_loss" in row]
     summary = {
         "name": folder.name,
         "model": config.model.kind,
@@ -64,12 +60,22 @@ def write_summary(
         "tokens_per_s_before": median("tokens_per_s", 1, first),
         "tokens_per_s_after": median("tokens_per_s", last, float("inf")),
         "probe_share": total("probe_ms") / total("step_ms") if total("step_ms") else None,
-        "train_seconds": (total("step_ms") + probing) / 1000 + sum(cut["seconds"] for cut in truncations),
+        "train_seconds": train_seconds(rows, {cut["step"]: cut["seconds"] for cut in truncations}),
         "mlflow_run_id": mlflow_run_id,
         "checkpoint": checkpoint,
     }
     write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def train_seconds(rows: Mapping[int, Mapping[str, Any]], cuts: Mapping[int, float]) -> float:
+    """Of all steps, probes and cuts, but for steps that a guard took back and what a restart lost.
+
+    `rows` are the metrics by step, `cuts` the seconds of each cut by step, which begin with its probe.
+    """
+    steps = math.fsum(row.get("step_ms", 0.0) for row in rows.values())
+    probes = math.fsum(row.get("probe_ms", 0.0) for step, row in rows.items() if step not in cuts)
+    return (steps + probes) / 1000 + math.fsum(cuts.values())
 
 
 def describe_summary(summary: dict[str, Any]) -> list[str]:

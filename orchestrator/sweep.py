@@ -24,7 +24,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from ray.tune.search.optuna import OptunaSearch
 
 from orchestrator import launch
-from orchestrator.collection import below, parent_run, remember_request
+from orchestrator.collection import below, parent_run, refuse_another_request, remember_request
 from orchestrator.config import RunConfig, load_config, parse_config
 from orchestrator.crew import Crew
 from orchestrator.data.sources import prepare
@@ -38,10 +38,9 @@ from orchestrator.space import Point, Space, load_space, optuna_space
 from orchestrator.storage import hold_folder
 from orchestrator.sweep_report import COLUMNS, Outcome, best_of, best_so_far, outcomes, statuses, write_sweep_report
 from orchestrator.terminal import Terminal, chatter_to, dims, duration
-from orchestrator.trial import OUTCOME, Sweep, Trial
+from orchestrator.trial import OBJECTIVES, OUTCOME, Sweep, Trial
 from orchestrator.trunk import share_a_trunk, trunk_of
 
-OBJECTIVES = {"val_loss": "min", "val_accuracy": "max", "states": "min", "train_seconds": "min"}
 Search = Literal["tpe", "random", "grid"]
 Pruning = Literal["none", "asha", "median"]
 # A trial is first judged after this share of the training, and every rung lets the best quarter go on.
@@ -78,10 +77,11 @@ def tune_schedules(config: RunConfig, request: Request) -> dict[str, Any]:
         base = below(config, folder)
         # Baselines may be asked for later.
         asked = {"config": base.model_dump(mode="json"), "request": asdict(request) | {"baselines": None}}
-        remember_request(folder, asked)
+        refuse_another_request(folder, asked)
         prepare(config.data, config.data_root)
         terminal = stack.enter_context(chatter_to(folder / "logs" / "ray.log"))
         stack.enter_context(ray_cluster(config))
+        remember_request(folder, asked)
         tracker = stack.enter_context(parent_run(config, folder, terminal.line))
         shared = request.share and share_a_trunk(space, base, points)
         if request.share and not shared:
@@ -153,9 +153,10 @@ def check(config: RunConfig, request: Request) -> tuple[Space, list[Point]]:
 def _slots(config: RunConfig) -> int:
     """Trials that fit into the cluster at a time; Ray Tune does not count their workers."""
     has = ray.cluster_resources()
-    per_trial = {"CPU": config.cluster.workers.min * config.cluster.cpus_per_worker}
+    # An elastic trial takes as many workers as it may have, and keeps them for the next one.
+    per_trial = {"CPU": config.cluster.workers.max * config.cluster.cpus_per_worker}
     if config.cluster.use_gpu:
-        per_trial["GPU"] = config.cluster.workers.min
+        per_trial["GPU"] = config.cluster.workers.max
     return max(1, min(int(has.get(kind, 0) // need) for kind, need in per_trial.items()))
 
 
@@ -253,7 +254,7 @@ def _scheduler(sweep: Sweep, request: Request, points: Sequence[Point]) -> Trial
         return FIFOScheduler()
     base, metric = sweep.base, request.objectives[0]
     # Not before all have been cut: beside one that has not been, every cut looks bad.
-    grace = max(int(GRACE * base.train.steps), sweep.space.latest_first_cut(base, points)) + 1
+    grace = max(int(GRACE * base.train.steps), sweep.space.latest_cut(base, points)) + 1
     which: dict[str, Any] = {"time_attr": "step", "metric": metric, "mode": OBJECTIVES[metric]}
     if request.pruning == "asha":
         return ASHAScheduler(

@@ -207,7 +207,7 @@ def _outcome(trial: Path) -> Outcome:
             trial.name, point, status, None, final(summary), first, trunk_step, last_step, summary["final_dims"]
         )
     held_out = [row for row in rows if "val_loss" in row]
-    objectives = measured(trial, held_out[-1]) if held_out else {}
+    objectives = measured(held_out[-1]) if held_out else {}
     return Outcome(trial.name, point, status, error, objectives, None, trunk_step, last_step, [])
 
 

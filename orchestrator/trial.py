@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import queue
+import secrets
 import signal
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,46 +21,45 @@ from orchestrator.errors import Interrupted
 from orchestrator.failures import in_a_line
 from orchestrator.launch import Lent
 from orchestrator.mlflow_tracker import Nesting
-from orchestrator.run_folder import read_metrics, write_whole
+from orchestrator.run_folder import write_whole
 from orchestrator.signals import StopRequest
 from orchestrator.space import Space
 from orchestrator.trunk import branch, trunk_of
 
 POINT, OUTCOME = "point.json", "outcome.json"
+OBJECTIVES = {"val_loss": "min", "val_accuracy": "max", "states": "min", "train_seconds": "min"}
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What all trials have in common. `base.storage` is the sweep's folder."""
+    """What all trials of one start of a sweep have in common. `base.storage` is the sweep's folder."""
 
     base: RunConfig
     space: Space
     shared: bool
     parent_run_id: str | None
+    start: str = field(default_factory=lambda: secrets.token_hex(8))
+    """Tells apart the starts of a sweep that was interrupted."""
 
 
 class Progress:
-    """The tracker that tells Ray Tune of every evaluation: `step`, held-out metrics, states, seconds of training."""
+    """The tracker that tells Ray Tune of every evaluation: `step`, and what can be an objective."""
 
-    def __init__(self, folder: Path, results: queue.Queue[Any]) -> None:
-        self._folder = folder
+    def __init__(self, results: queue.Queue[Any]) -> None:
         self._results = results
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         if "val_loss" in metrics:
-            self._results.put({"step": step} | measured(self._folder, metrics))
+            self._results.put({"step": step} | measured(metrics))
 
     def artifact(self, path: Path, folder: str = "") -> None: ...
 
     def close(self, status: str) -> None: ...
 
 
-def measured(folder: Path, metrics: Mapping[str, float]) -> dict[str, float]:
-    """The objectives of a run, as far as it has come."""
-    found = {key: value for key, value in metrics.items() if key in ("val_loss", "val_accuracy")}
-    found["states"] = sum(value for key, value in metrics.items() if key.startswith("d_state_"))
-    found["train_seconds"] = sum(row.get("step_ms", 0.0) for row in read_metrics(folder)) / 1000
-    return found
+def measured(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What can be an objective, of an evaluation's metrics."""
+    return {key: value for key, value in metrics.items() if key in OBJECTIVES}
 
 
 class Trial(tune.Trainable):  # type: ignore[misc]
@@ -89,7 +89,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
     def _begin(self, point: dict[str, Any]) -> None:
         self._results: queue.Queue[Any] = queue.Queue()
         self._stop = StopRequest()
-        folder = _trial_folder(self._sweep.base.storage, self.trial_id, point)
+        folder = _trial_folder(self._sweep, self.trial_id, point)
         self._thread = threading.Thread(target=self._run, args=(folder, dict(point)), name="trial", daemon=True)
         self._thread.start()
 
@@ -103,7 +103,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         (folder / OUTCOME).unlink(missing_ok=True)
         try:
             config = sweep.space.config(base, point)
-            progress = Progress(folder, self._results)
+            progress = Progress(self._results)
             tags = {"trial": base.name}
             if sweep.shared:
                 trunk = Lent(self._crew, self._stop, Nesting(sweep.parent_run_id, {"trial": "trunk"}))
@@ -119,20 +119,32 @@ class Trial(tune.Trainable):  # type: ignore[misc]
             self._results.put(error)
 
 
-def _trial_folder(sweep: Path, trial_id: str, point: Mapping[str, Any]) -> Path:
-    """The folder of a trial, numbered in the order of their beginnings; after an interruption the one it had."""
-    for path in sweep.glob(f"trial-*/{POINT}"):
-        if json.loads(path.read_text())["trial_id"] == trial_id:
-            return path.parent
-    number = len(list(sweep.glob("trial-*")))
+def _trial_folder(sweep: Sweep, trial_id: str, point: Mapping[str, Any]) -> Path:
+    """The folder of a trial, numbered in the order of their beginnings; after an interruption the one it had.
+
+    Ray Tune saves its state every ten seconds: what began after that, before a kill, it proposes again as a new trial.
+    """
+    note = {"trial_id": trial_id, "start": sweep.start, "point": dict(point)}
+    began = {path.parent: json.loads(path.read_text()) for path in sweep.base.storage.glob(f"trial-*/{POINT}")}
+    own = [folder for folder, other in began.items() if other["trial_id"] == trial_id]
+    left = [
+        folder
+        for folder, other in began.items()
+        if other["point"] == note["point"] and other["start"] != sweep.start and not (folder / OUTCOME).exists()
+    ]
+    if own or left:
+        folder = [*own, *left][0]
+        write_whole(folder / POINT, json.dumps(note) + "\n")
+        return folder
+    number = len(list(sweep.base.storage.glob("trial-*")))
     while True:
-        folder = sweep / f"trial-{number:05d}"
+        folder = sweep.base.storage / f"trial-{number:05d}"
         try:
             folder.mkdir()
         except FileExistsError:  # another trial has begun at the same time
             number += 1
             continue
-        write_whole(folder / POINT, json.dumps({"trial_id": trial_id, "point": point}) + "\n")
+        write_whole(folder / POINT, json.dumps(note) + "\n")
         return folder
 
 

@@ -7,23 +7,28 @@ from __future__ import annotations
 
 import fcntl
 import json
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 from orchestrator import checkpoint, launch
 from orchestrator.checkpoint import MANIFEST
 from orchestrator.config import CheckpointsConfig, RunConfig
+from orchestrator.errors import Interrupted
 from orchestrator.filesystem import Folder
 from orchestrator.launch import Lent
 from orchestrator.run_folder import read_metrics, write_whole
+from orchestrator.signals import StopRequest
 from orchestrator.space import Point, Space
 from orchestrator.storage import checkpoints_of
 
 NAME = "trunk"
 # A trial begins at most this share of the training before its first cut.
 SPACING = 0.01
+_POLL_S = 0.1
 
 
 def trunk_of(trial: RunConfig, name: str = NAME, every: int | None = None) -> RunConfig:
@@ -59,7 +64,7 @@ def branch(trial: RunConfig, trunk: RunConfig, lent: Lent) -> int:
     before = trial.probe_steps[0] - 1
     if before < 1:
         return 0
-    with _alone(trunk.storage):
+    with _alone(trunk.storage, lent.stop):
         launch.train(trunk, replace(lent, until=min(before, trunk.train.steps)))
         shared = checkpoints_of(trunk.storage / trunk.name, trunk.checkpoints.storage)
         complete = [step for step in checkpoint.steps(shared) if checkpoint.at(shared, step).has(MANIFEST)]
@@ -84,8 +89,23 @@ def _graft(source: Folder, target: Folder, config: RunConfig) -> None:
 
 
 @contextmanager
-def _alone(sweep: Path) -> Iterator[None]:
-    """For the duration of the block nobody else of this sweep extends the trunk."""
+def _alone(sweep: Path, stop: StopRequest) -> Iterator[None]:
+    """For the duration of the block nobody else of this sweep extends the trunk.
+
+    Raises:
+        Interrupted: a signal came while another one did.
+    """
     with (sweep / "trunk.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        while not _taken(lock):
+            if stop.signal is not None:
+                raise Interrupted(f"stopped before the beginning that runs of {sweep.name} share", stop.signal)
+            time.sleep(_POLL_S)
         yield
+
+
+def _taken(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -39,7 +39,10 @@ def test_every_method_ends_where_truncation_does(digits: dict[str, Any], local_r
     reached = rows["hankel"].final_dims
     assert all(1 <= dim < 16 for dim in reached)
     assert rows["full"].final_dims == [16, 16]
-    assert [rows[method].final_dims for method in SMALLER] == [reached] * len(SMALLER)
+    for method in SMALLER:
+        # What is cut at its end has as many states, where its own spectra want them.
+        alike = sum if method in {"magnitude", *PENALTIES} else list
+        assert alike(rows[method].final_dims) == alike(reached)
     assert len({rows[method].parameters for method in SMALLER}) == 1
     folder = Path(digits["storage"]) / "small-compare"
     runs = folder / "seed-0"

@@ -5,6 +5,7 @@ Shapes: B batch, L time, M d_model, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -315,7 +316,9 @@ def test_a_diverged_model_ends_in_one_sentence(copy: Path) -> None:
 def midway(run: Path) -> Iterator[subprocess.Popen[bytes]]:
     """The command in the midst of an endless text."""
     rayduce = [str(Path(sys.executable).with_name("rayduce")), "generate", str(run), "--tokens", str(10**9)]
-    with subprocess.Popen(rayduce, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    # Where the tests run in the background, a shell may have had SIGINT ignored.
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(rayduce, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heard) as process:
         assert process.stdout is not None
         assert len(process.stdout.read(5)) == 5, "text comes before the end"
         yield process

@@ -37,6 +37,10 @@ def request_of(space: str, **changes: Any) -> Request:
 def test_shipped_spaces_fit_the_shipped_configs(name: str, config: str) -> None:
     space = load_space(name)
     base = load_config(CONFIGS / f"{config}.yaml")
+    if (name, config) == ("score", "digits_lru"):
+        with pytest.raises(UserError, match=r"truncation\.score averaged chooses among states"):
+            space.check(base)
+        return
     space.check(base)
     assert all(knob.doc for knob in space.knobs.values())
     assert share_a_trunk(space, base, [])
@@ -68,7 +72,9 @@ def test_a_point_becomes_the_run_that_it_stands_for(base: RunConfig) -> None:
     assert config.truncation.target.dim == 3
     trunk = trunk_of(config)
     assert trunk.truncation is None
-    assert trunk.model_copy(update={"name": "", "truncation": config.truncation}).train.lr == config.train.lr
+    own = {"name", "truncation", "checkpoints", "train"}
+    assert trunk.model_dump(exclude=own) == config.model_dump(exclude=own)
+    assert trunk.train.model_dump(exclude={"checkpoint_every"}) == config.train.model_dump(exclude={"checkpoint_every"})
 
 
 SPACE = "from tune_spaces.knobs import Choice, Float, Integer\nKNOBS = {knobs}\ndef settings({takes}): return {gives}\n"
@@ -123,11 +129,11 @@ def test_what_cannot_be_asked_is_refused_in_one_sentence(
 
 
 def test_trials_are_judged_when_all_have_been_cut(base: RunConfig) -> None:
-    """`timing` and `schedule` have cut after 40 % of the steps, `stable` after half of them; GRACE is a quarter."""
+    """For the last time: after 40 % of the steps where the time is a knob, `stable` after half; GRACE is a quarter."""
     quickstart = load_config(CONFIGS / "quickstart.yaml")
     assert quickstart.train.steps == 400
-    latest = [load_space(name).latest_first_cut(quickstart, []) for name in ("timing", "schedule", "stable")]
-    assert latest == [160, 160, 200]
+    latest = {name: load_space(name).latest_cut(quickstart, []) for name in names()}
+    assert latest == dict.fromkeys(names(), 160) | {"stable": 200, "target": 40, "score": 40}
     sweep = Sweep(base, load_space("timing"), shared=True, parent_run_id=None)
     asha, median = (_scheduler(sweep, request_of("timing", pruning=name), [{"at": 0.3}]) for name in ("asha", "median"))
     assert isinstance(asha, ASHAScheduler)

@@ -111,8 +111,6 @@ def train(rank: int, config: RunConfig) -> tuple[list[float], Moments, list[str]
 
 def reference(config: RunConfig, plans: list[str]) -> tuple[list[float], Moments]:
     """One process, torch's AdamW, the same cuts."""
-    from orchestrator.engine import learning_rate
-
     cuts = {plan.step: plan for plan in map(TruncationPlan.from_json, plans)}
     torch.manual_seed(config.seed)
     model = build_model(config.model, TASK, config.model.state_dims)
@@ -125,7 +123,7 @@ def reference(config: RunConfig, plans: list[str]) -> tuple[list[float], Moments
                 {
                     "params": [parameter],
                     "weight_decay": config.train.weight_decay if parameter.ndim > 1 and name not in space else 0.0,
-                    "lr": learning_rate(step, config.train) * (config.train.ssm_lr_factor if name in space else 1.0),
+                    "lr": config.train.learning_rate(step) * (config.train.ssm_lr_factor if name in space else 1.0),
                 }
                 for name, parameter in model.named_parameters()
             ],

@@ -1,11 +1,11 @@
-"""Let the spectrum decide: what each of four cuts may discard, when the window closes, and what ranks the states."""
+"""Let the spectrum decide: what each of four cuts may discard, when the window closes, each layer alone or together."""
 
 from typing import Any
 
 from tune_spaces.knobs import Choice, Float
 
 KNOBS = {
-    "tolerance": Float(0.005, 0.2, "Share of the summed Hankel singular values that a cut may discard.", log=True),
+    "tolerance": Float(0.005, 0.2, "Share of the spectrum's sum that a cut may discard.", log=True),
     "end": Float(0.05, 0.4, "Share of the steps at which the last of the four cuts comes."),
     "allocation": Choice(("layer", "global"), "Each layer on its own, or one ranking of all layers' states."),
 }
