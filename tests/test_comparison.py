@@ -13,7 +13,7 @@ from orchestrator.comparison import METHODS, PENALTIES, Request, check, compare
 from orchestrator.comparison_report import Row, markdown
 from orchestrator.config import parse_config
 from orchestrator.errors import UserError
-from tests.runs import end_crews, family, losses
+from tests.runs import end_crews, family, losses, start, wait_while_running
 
 SMALLER = [method for method in METHODS if method != "full"]
 
@@ -29,10 +29,22 @@ def digits(tracked_run: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.cluster
-def test_every_method_ends_where_truncation_does(digits: dict[str, Any], local_ray: None) -> None:
+def test_every_method_ends_where_truncation_does_though_the_comparison_is_killed(
+    digits: dict[str, Any], local_ray: None
+) -> None:
     end_crews()
     config = parse_config(digits)
     request = Request(tuple(METHODS), 1, (), fine_tune=0.2, penalty=1e-4)
+    folder = Path(digits["storage"]) / "small-compare"
+    runs = folder / "seed-0"
+    options = ["--methods", ",".join(METHODS), "--seeds", "1", "--fine-tune", "0.2", "--penalty", "1e-4"]
+    first = start(digits, *options, command="compare")
+    wait_while_running(first, (runs / "hankel" / "summary.json").exists, "truncation itself ends")
+    first.kill()
+    first.communicate()
+    before = stamps_of(runs)
+    assert len(before) >= 2
+
     rows = {row.method: row for row in compare(config, request)}
     assert list(rows) == list(METHODS)
     assert [row.error for row in rows.values()] == [None] * len(rows)
@@ -44,8 +56,8 @@ def test_every_method_ends_where_truncation_does(digits: dict[str, Any], local_r
         alike = sum if method in {"magnitude", *PENALTIES} else list
         assert alike(rows[method].final_dims) == alike(reached)
     assert len({rows[method].parameters for method in SMALLER}) == 1
-    folder = Path(digits["storage"]) / "small-compare"
-    runs = folder / "seed-0"
+    stamps = stamps_of(runs)
+    assert before.items() <= stamps.items(), "what had ended is not trained again"
 
     # The same data order and weights up to the cut, and none of the full-size steps for what begins small.
     whole = losses(runs / "full")
@@ -66,9 +78,13 @@ def test_every_method_ends_where_truncation_does(digits: dict[str, Any], local_r
     _check_files(folder, rows)
     _check_mlflow(digits, folder)
 
-    stamps = {path: path.stat().st_mtime_ns for path in runs.glob("*/summary.json")}
     assert compare(config, request) == list(rows.values())
-    assert {path: path.stat().st_mtime_ns for path in runs.glob("*/summary.json")} == stamps, "nothing is trained again"
+    assert stamps_of(runs) == stamps
+
+
+def stamps_of(runs: Path) -> dict[Path, int]:
+    """When each run that has ended did."""
+    return {path: path.stat().st_mtime_ns for path in runs.glob("*/summary.json")}
 
 
 def _check_files(folder: Path, rows: dict[str, Row]) -> None:
