@@ -33,7 +33,7 @@ from compression.planning import (
     solve_layer,
 )
 from compression.truncation import Solution
-from orchestrator.events import Event, Lost
+from orchestrator.events import Event, Lost, Reserved
 from orchestrator.group import Group
 
 logger = logging.getLogger(__name__)
@@ -186,6 +186,11 @@ class Coordinator:
         self._events.extend(events)
         self._published += len(events)
         return self._stop
+
+    async def reserved(self, group: Any) -> None:
+        """What Ray keeps for workers that are about to start: nobody else could give it back for a dead controller."""
+        self._events.append(Reserved(group))
+        self._published += 1
 
     async def lost(self, reason: str) -> bool:
         """Ray Train's controller says why the workers have ended; whether it may start them again."""

@@ -22,7 +22,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.config import ClusterConfig
 from orchestrator.coordinator import Coordinator
-from orchestrator.errors import TrainingError
+from orchestrator.errors import Interrupted, TrainingError
 from orchestrator.events import Job
 from orchestrator.failures import RetryPolicy, in_a_line, root_cause
 from orchestrator.follow import Follower
@@ -45,12 +45,11 @@ class Foreman(Coordinator):
         self._closed = False
         self._news = asyncio.Event()
 
-    async def assign(self, number: int, job: Job) -> None:
+    async def assign(self, number: int, job: Job, failures_left: int) -> None:
         """Job `number`, from 1, is what everyone works on from now on. To hear of it again changes nothing."""
         if number != self._number:
             self._number, self._job = number, job
-            cluster = job.config.cluster
-            self._begin_run(job.config.truncation_rule, cluster.timeout_s, cluster.max_failures)
+            self._begin_run(job.config.truncation_rule, job.config.cluster.timeout_s, failures_left)
             self._news.set()
 
     async def next_job(self, after: int, attempt: int) -> tuple[int, Job | None]:
@@ -116,21 +115,28 @@ class Crew:
 
         Raises:
             TrainingError: they failed, with the first one's own words.
+            Interrupted: a signal came, and there were no workers to save anything.
         """
         self._number += 1
         self._at_work = True
-        left = self.cluster.max_failures
+        left, patience = self.cluster.max_failures, math.inf
         while follower.failure is None and follower.stopped is None:
             # Again and again, because a process that Ray had to start again knows of no job.
-            ray.get(self.foreman.assign.remote(self._number, job))
+            ray.get(self.foreman.assign.remote(self._number, job, self.cluster.max_failures - follower.lost))
             if self._fit is None:
                 self._fit = _in_a_thread(self._trainer())
-            if wait([self._fit], timeout=_POLL_S).done and follower.stopped is None:
+            ended = wait([self._fit], timeout=_POLL_S).done and follower.stopped is None
+            if stop.signal is not None:
+                if follower.end_workers():
+                    terminal.line("stopping: a checkpoint follows (a second signal ends at once, without)")
+                    patience = time.monotonic() + self.cluster.timeout_s
+                if not follower.running and (ended or time.monotonic() > patience):
+                    where = f"stopped after step {follower.step}, when there were no workers"
+                    raise Interrupted(f"{where}; the same command continues from the last checkpoint", stop.signal)
+            if ended:
                 self._explain(follower, terminal, left)
                 left -= 1
-            if stop.signal is not None and follower.end_workers():
-                terminal.line("stopping: a checkpoint follows (a second signal ends at once, without)")
-        self._reservation = follower.reservation
+        self._reservation = follower.reservation or self._reservation
         self._at_work = follower.stopped is None
 
     def _explain(self, follower: Follower, terminal: Terminal, left: int) -> None:
@@ -151,7 +157,7 @@ class Crew:
                     f"{self.cluster.max_failures} allows; the same command continues from the last checkpoint"
                 ) from error
             terminal.line(f"Ray Train's controller died after step {follower.step}; starting the workers again")
-            self._reservation = follower.reservation
+            self._reservation = follower.reservation or self._reservation
             self._release()
 
     def _release(self) -> None:

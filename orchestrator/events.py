@@ -78,11 +78,15 @@ class Saved:
 
 
 @dataclass(frozen=True)
-class Started:
-    """A group of workers begins after `step`, which is 0 unless there was a checkpoint; its cuts are those so far.
+class Reserved:
+    """Ray's placement group of workers that are about to start."""
 
-    `reservation` is Ray's placement group of the workers.
-    """
+    group: Any
+
+
+@dataclass(frozen=True)
+class Started:
+    """A group of workers begins after `step`, which is 0 unless there was a checkpoint; its cuts are those so far."""
 
     step: int
     checkpoint: str | None
@@ -90,7 +94,6 @@ class Started:
     dims: list[int]
     parameters: int
     scans: str
-    reservation: Any
 
 
 @dataclass(frozen=True)
@@ -107,4 +110,4 @@ class Lost:
     reason: str
 
 
-Event = Lost | Measured | Probed | RolledBack | Saved | Started | Stopped
+Event = Lost | Measured | Probed | Reserved | RolledBack | Saved | Started | Stopped

@@ -73,6 +73,14 @@ class Folder:
     def create(self) -> None:
         self._insist(lambda: self.filesystem.create_dir(self.path, recursive=True))
 
+    def expect(self) -> None:
+        """Wait for a folder that is known to exist: where a disk is away, its paths are just not found.
+
+        Of this machine's filesystems alone. A store has no folders, and says so when it is away.
+        """
+        if self.is_local:
+            self._insist(lambda: os.scandir(self.path).close())
+
     def names(self) -> list[str]:
         """What lies directly in it, sorted; nothing where there is no such folder."""
         selector = FileSelector(self.path, allow_not_found=True)
@@ -109,7 +117,8 @@ class Folder:
         target = f"{final}.partial" if self.is_local else final
 
         def write() -> None:
-            self.filesystem.create_dir(self.path, recursive=True)
+            # Not the folders above: where a disk is away, they would be made on another one, below its mount point.
+            self.filesystem.create_dir(self.path, recursive=not self.is_local)
             try:
                 with self.filesystem.open_output_stream(target, compression=None) as stream:
                     stream.write(content)

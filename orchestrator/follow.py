@@ -14,8 +14,8 @@ import ray
 from compression.plan import TruncationPlan
 from orchestrator.config import RunConfig
 from orchestrator.errors import TrainingError
-from orchestrator.events import CutRecord, Event, Lost, Measured, Probed, RolledBack, Saved, Started, Stopped
-from orchestrator.run_folder import drop_plans_after, plan_path, read_metrics
+from orchestrator.events import CutRecord, Event, Lost, Measured, Probed, Reserved, RolledBack, Saved, Started, Stopped
+from orchestrator.run_folder import plan_path, read_metrics
 from orchestrator.summary import train_seconds
 from orchestrator.terminal import Terminal, count, dims, duration
 from orchestrator.tracking import Tracker
@@ -40,6 +40,10 @@ class Follower:
         self.step = 0
         self.stopped: int | None = None
         """The step after which the workers have ended."""
+        self.running = False
+        """Whether there is a group of workers that trains."""
+        self.lost = 0
+        """How many have failed."""
         self.reservation: Any = None
         """Ray's placement group of the workers."""
         self.failure: Exception | None = None
@@ -91,13 +95,17 @@ class Follower:
 
     def _handle(self, event: Event) -> None:
         match event:
-            case Started(step, checkpoint, cuts, sizes, parameters, scans, reservation):
-                self.reservation = reservation
+            case Reserved(group):
+                self.reservation = group
+            case Started(step, checkpoint, cuts, sizes, parameters, scans):
+                self.running = True
                 self.step, self.checkpoint, self.cuts, self._dims = step, checkpoint, list(cuts), [*sizes]
                 self._recent.clear()
                 how = f"continued after step {step}" if step else "started"
                 self._terminal.line(f"{how}: {count(parameters)} parameters, {self._config.train.steps} steps, {scans}")
             case Lost(reason):
+                self.running = False
+                self.lost += 1
                 self._terminal.line(f"workers lost after step {self.step} ({reason}); starting them again")
             case Measured(step, metrics):
                 known = {} if "train_loss" in metrics else self._timed.get(step, {})
@@ -126,7 +134,6 @@ class Follower:
             case RolledBack(step, reason):
                 self.step = step
                 self.cuts = [replace(cut, rolled_back=cut.rolled_back or cut.step >= step) for cut in self.cuts]
-                drop_plans_after(self._folder, step)
                 self._tracker.log(step, {"rolled_back": 1.0})
                 self._terminal.line(f"rolled back to step {step}, before the cut: {reason}; nothing more will be cut")
             case Saved(_, path):

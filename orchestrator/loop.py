@@ -84,8 +84,7 @@ class Worker:
         engine = self.engine
         path = str(self.resumed_from) if self.resumed_from else None
         cuts, dims = self.truncations, list(engine.state_dims)
-        reservation = ray.util.get_current_placement_group()
-        self._publish([Started(self.step, path, cuts, dims, engine.parameter_count, engine.scans, reservation)])
+        self._publish([Started(self.step, path, cuts, dims, engine.parameter_count, engine.scans)])
         train, probes = config.train, set(config.probe_steps)
         if self.step == train.steps:
             # The machine that had its metrics may be gone, and the summary needs the last ones.
@@ -121,6 +120,7 @@ class Worker:
 
         Returns its number and the step of the last complete checkpoint, which is verified; 0 where there is none.
         """
+        self.checkpoints.expect()
         path = checkpoint.newest(self.checkpoints)
         step = checkpoint.verify(path).step if path else 0
         drop_plans_after(self.folder, step)

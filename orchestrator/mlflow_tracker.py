@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import secrets
 import shlex
 import threading
 import time
@@ -14,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config import RunConfig, flatten
+from orchestrator.run_folder import write_whole
 
 # Keeps the id of the MLflow run, so that a resumed training continues it.
 MLFLOW_RUN = "mlflow.json"
 # A server that does not answer within these limits is given up: MLflow's own are minutes long.
 _LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 PATIENCE_S = 60.0
+# A tag by which a run is found again whose id was not heard.
+_KEY = "rayduce.key"
 _BATCH_S = 2.0
 # How a run of a sweep has ended, as its tag says.
 _TOLD = {"FINISHED": "finished", "KILLED": "pruned", "FAILED": "failed"}
@@ -145,8 +149,7 @@ class MlflowTracker:
                 experiment_id = self._client.create_experiment(experiment, artifact_location=location)
             else:
                 experiment_id = found.experiment_id
-            self._run_id = self._client.create_run(experiment_id, run_name=run_name, tags=self._tags).info.run_id
-            self._memory.write_text(json.dumps({"uri": self.uri, "run_id": self._run_id}) + "\n")
+            self._run_id = self._begun(experiment_id) or self._begin(experiment_id, run_name)
             pairs = [Param(key, str(value)) for key, value in params.items()]
             for first in range(0, len(pairs), 100):  # MLflow's limit a call
                 self._client.log_batch(self._run_id, params=pairs[first : first + 100])
@@ -156,10 +159,8 @@ class MlflowTracker:
         """The run that this training began with, running again; None where this server does not have it."""
         from mlflow.exceptions import MlflowException
 
-        if not self._memory.exists():
-            return None
-        known = json.loads(self._memory.read_text())
-        if known["uri"] != self.uri:
+        known = self._known()
+        if known is None or "run_id" not in known:
             return None
         try:
             self._client.update_run(known["run_id"], status="RUNNING")
@@ -167,7 +168,33 @@ class MlflowTracker:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             return None
-        return str(known["run_id"])
+        return known["run_id"]
+
+    def _begun(self, experiment_id: str) -> str | None:
+        """The run that was begun when the training was killed, before it was told the run's id."""
+        known = self._known()
+        if known is None:
+            return None
+        found = self._client.search_runs([experiment_id], f"tags.`{_KEY}` = '{known['key']}'")
+        if not found:
+            return None
+        run_id = str(found[0].info.run_id)
+        self._client.update_run(run_id, status="RUNNING")
+        write_whole(self._memory, json.dumps(known | {"run_id": run_id}) + "\n")
+        return run_id
+
+    def _begin(self, experiment_id: str, run_name: str) -> str:
+        known = {"uri": self.uri, "key": secrets.token_hex(8)}
+        write_whole(self._memory, json.dumps(known) + "\n")
+        tags = self._tags | {_KEY: known["key"]}
+        run_id = str(self._client.create_run(experiment_id, run_name=run_name, tags=tags).info.run_id)
+        write_whole(self._memory, json.dumps(known | {"run_id": run_id}) + "\n")
+        return run_id
+
+    def _known(self) -> dict[str, str] | None:
+        """What is kept of the training's run on this server."""
+        known: dict[str, str] = json.loads(self._memory.read_text()) if self._memory.exists() else {}
+        return known if known.get("uri") == self.uri else None
 
     def _connected_run(self) -> str:
         assert self._run_id is not None, "connecting is the first job"

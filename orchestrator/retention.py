@@ -27,6 +27,13 @@ def kept(manifests: Sequence[Manifest], policy: CheckpointsConfig) -> set[int]:
     return {manifest.step for manifest in [*ordered[-policy.keep_last :], *best, *cuts]}
 
 
+def _complete(folder: Folder, path: Folder) -> bool:
+    if path.has(checkpoint.MANIFEST):
+        return True
+    folder.expect()  # else it is the storage that is away
+    return path.has(checkpoint.MANIFEST)
+
+
 def prune(folder: Folder, now: int, policy: CheckpointsConfig) -> None:
     """Delete all that need not stay beside the checkpoint of step `now`, which has just become complete.
 
@@ -36,7 +43,7 @@ def prune(folder: Folder, now: int, policy: CheckpointsConfig) -> None:
     manifests = []
     for step in checkpoint.steps(folder):
         path = checkpoint.at(folder, step)
-        if step > now or not path.has(checkpoint.MANIFEST):
+        if step > now or not _complete(folder, path):
             checkpoint.delete(path)
             continue
         try:

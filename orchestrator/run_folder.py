@@ -7,6 +7,7 @@ it trains, after it ended, and after it was killed.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,6 +43,9 @@ def read_run(folder: Path) -> Recorded:
     written.sort(key=lambda plan: [plan[key] for key in order])
     # A restarted attempt plans the same step again: the latest attempt is what was carried out.
     plans = list({plan["step"]: plan for plan in written}.values())
+    # Nothing is cut any more after a cut that was taken back, so what lies behind it was taken back too.
+    end = min((row["step"] for row in rows if "rolled_back" in row), default=math.inf)
+    plans = [plan for plan in plans if plan["step"] <= end]
     if (folder / "summary.json").is_file():
         summary = _load(folder / "summary.json", "truncations")
         cuts = summary["truncations"]

@@ -50,7 +50,7 @@ def run_folder(config: RunConfig) -> Iterator[Path]:
     with hold_folder(folder):
         try:
             (folder / "plans").mkdir(exist_ok=True)
-            _create(checkpoints_of(folder, config.checkpoints.storage))
+            _create(folder, config)
             yield folder
         except UserError:
             if new and not (folder / "config.yaml").exists():
@@ -89,7 +89,17 @@ def hold_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-def _create(checkpoints: Folder) -> None:
+def _create(folder: Path, config: RunConfig) -> None:
+    storage = config.checkpoints.storage
+    checkpoints = checkpoints_of(folder, storage)
+    if storage is not None and _earlier_storage(folder) == storage:
+        try:
+            checkpoints.expect()
+        except OSError as error:
+            raise UserError(
+                f"checkpoints.storage {storage} has no folder {folder.name} any more ({reason(error)}), where run "
+                f"{folder} keeps its checkpoints; bring it back, or give the run another name="
+            ) from error
     try:
         checkpoints.create()
     except OSError as error:
@@ -115,15 +125,20 @@ def earlier_start(config: RunConfig, folder: Path) -> Manifest | None:
 
 def _refuse_other_place(config: RunConfig, folder: Path) -> None:
     """To start over for want of checkpoints would take away the metrics and plans of those that are elsewhere."""
-    before = folder / "config.yaml"
     storage = config.checkpoints.storage
-    earlier = yaml.safe_load(before.read_text())["checkpoints"]["storage"] if before.exists() else storage
+    earlier = _earlier_storage(folder) if (folder / "config.yaml").exists() else storage
     if earlier != storage and newest(checkpoints_of(folder, earlier)) is not None:
         here, there = (place or "the run's own folder" for place in (storage, earlier))
         raise UserError(
             f"checkpoints.storage: {here} has no checkpoint of run {folder}, whose own are in {there}; "
             "move them, or give the run another name="
         )
+
+
+def _earlier_storage(folder: Path) -> str | None:
+    """The checkpoints.storage that the run in this folder was last started with, if it was."""
+    before = folder / "config.yaml"
+    return yaml.safe_load(before.read_text())["checkpoints"]["storage"] if before.exists() else None
 
 
 def finished(config: RunConfig, folder: Path) -> dict[str, Any] | None:

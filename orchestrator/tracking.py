@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -32,16 +32,26 @@ class JsonlTracker:
         self._started = time.time()
         _drop_half_line(path)
         self._file = path.open("a", buffering=1)
+        self._failed = False
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         seconds = round(time.time() - self._started, 3)
-        self._file.write(json.dumps({"step": step, "seconds": seconds} | dict(metrics)) + "\n")
+        try:
+            self._file.write(json.dumps({"step": step, "seconds": seconds} | dict(metrics)) + "\n")
+        except OSError:
+            self._failed = True
+            raise
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """The run's folder holds it already."""
 
     def close(self, status: str) -> None:
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError:
+            # What could not be written before is tried again here, and would hide what came of it then.
+            if not self._failed:
+                raise
 
 
 def _drop_half_line(path: Path) -> None:
@@ -66,8 +76,10 @@ class CompositeTracker:
             tracker.artifact(path, folder)
 
     def close(self, status: str) -> None:
-        for tracker in self._trackers:
-            tracker.close(status)
+        # Each of them, whatever happens to another.
+        with ExitStack() as stack:
+            for tracker in self._trackers:
+                stack.callback(tracker.close, status)
 
 
 class RunTracker(CompositeTracker):

@@ -73,6 +73,7 @@ def branch(trial: RunConfig, trunk: RunConfig, lent: Lent) -> int:
         rows = [row for row in read_metrics(trunk.storage / trunk.name) if row["step"] <= step]
         write_whole(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         write_whole(note, json.dumps({"step": step}) + "\n")
+        own.create()
         _graft(checkpoint.at(shared, step), checkpoint.at(own, step), trial)
     return step
 

@@ -20,7 +20,9 @@ def run_worker(crew: dict[str, Any]) -> None:
     sys.modules["mlflow"] = None  # type: ignore[assignment]
     from orchestrator.loop import train_worker
 
+    ray.get(crew["foreman"].reserved.remote(ray.util.get_current_placement_group()))
     number, job = ray.get(crew["foreman"].next_job.remote(0, 0))
     while job is not None:
         attempt = train_worker(job)
-        number, job = ray.get(crew["foreman"].next_job.remote(number, attempt))
+        ray.get(crew["foreman"].reserved.remote(ray.util.get_current_placement_group()))
+    number, job = ray.get(crew["foreman"].next_job.remote(number, attempt))

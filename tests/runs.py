@@ -90,12 +90,17 @@ def plans(folder: Path) -> list[TruncationPlan]:
     return [TruncationPlan.from_json(path.read_text()) for path in sorted((folder / "plans").glob("*.json"))]
 
 
-def family(raw: dict[str, Any]) -> tuple[Run, list[Run]]:
-    """The one MLflow run without a parent, and all others, whose parent it is."""
+def runs_of(raw: dict[str, Any]) -> list[Run]:
+    """All MLflow runs in a config's database."""
     client = MlflowClient(raw["tracking"]["mlflow_uri"])
     experiment = client.get_experiment_by_name("rayduce")
     assert experiment is not None
-    runs = client.search_runs([experiment.experiment_id])
+    return list(client.search_runs([experiment.experiment_id]))
+
+
+def family(raw: dict[str, Any]) -> tuple[Run, list[Run]]:
+    """The one MLflow run without a parent, and all others, whose parent it is."""
+    runs = runs_of(raw)
     [parent] = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     children = [run for run in runs if run is not parent]
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +28,7 @@ import pytest
 import torch
 
 from compression.moments import ParameterState
-from orchestrator import checkpoint, launch
+from orchestrator import checkpoint, launch, retention
 from orchestrator.checkpoint import MANIFEST, CheckpointError, Manifest
 from orchestrator.checkpoint_writer import MissingShardError, Writer
 from orchestrator.config import CheckpointsConfig, ClusterConfig, parse_config
@@ -152,9 +152,14 @@ def server() -> Iterator[Server]:
 @pytest.fixture(params=["path", "file", "s3"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
     """A place for checkpoints, new to every test."""
-    if request.param == "s3":
-        return Folder.of(request.getfixturevalue("server").uri, "place") / tmp_path.name
-    return Folder.of(tmp_path if request.param == "path" else f"file://{tmp_path}", "place") / "checkpoints"
+    uris: dict[str, Callable[[], str | Path]] = {
+        "path": lambda: tmp_path,
+        "file": lambda: f"file://{tmp_path}",
+        "s3": lambda: request.getfixturevalue("server").uri,
+    }
+    place = Folder.of(uris[request.param](), "place") / f"checkpoints-of-{tmp_path.name}"
+    place.create()
+    return place
 
 
 # --- complete or absent ---
@@ -318,21 +323,29 @@ def test_a_shard_that_does_not_fit_leaves_nothing_behind(tmp_path: Path) -> None
     assert equal(restored(earlier), states(0))
 
 
-def test_storage_that_is_away_for_a_moment_is_waited_for(tmp_path: Path) -> None:
-    away = tmp_path / "storage"
-    away.write_text("no folder")
-    writer = Writer(0, 1, 30)
-    folder = Folder.of(away, "place", retry_s=30)
-    writer.save(checkpoint.at(folder, 1), TOKEN, manifest(1), share(states(0), 0, 1))
-    time.sleep(0.5)
-    writer.check()
-    away.unlink()
+def test_a_disk_that_is_away_for_a_moment_is_waited_for(tmp_path: Path) -> None:
+    """Its paths are not found then, and must not be made anew on the disk below its mount point."""
+    mounted, unplugged = tmp_path / "storage", tmp_path / "unplugged"
+    folder, writer = Folder.of(mounted, "place", retry_s=30), Writer(0, 1, 30)
+    folder.create()
+    write(folder, 1)
+    mounted.rename(unplugged)
+    writer.save(checkpoint.at(folder, 2), TOKEN, manifest(2), share(states(1), 0, 1))
+    with ThreadPoolExecutor(2) as pool:
+        waits = [pool.submit(action) for action in (folder.expect, lambda: retention._complete(folder, folder / "no"))]
+        time.sleep(0.5)
+        writer.check()
+        assert not mounted.exists()
+        assert not any(wait.done() for wait in waits)
+        unplugged.rename(mounted)
+        assert [wait.result(timeout=30) for wait in waits] == [None, False]
     writer.wait()
-    assert equal(restored(checkpoint.at(folder, 1)), states(0))
+    assert [restored(checkpoint.at(folder, step)).keys() for step in (1, 2)] == [SHAPES.keys()] * 2
 
-    shutil.rmtree(away)
-    away.write_text("no folder")
-    folder = Folder.of(away, "place", retry_s=0.2)
+
+def test_storage_that_stays_away_is_told(tmp_path: Path) -> None:
+    (tmp_path / "storage").write_text("no folder")
+    folder, writer = Folder.of(tmp_path / "storage", "place", retry_s=0.2), Writer(0, 1, 30)
     writer.save(checkpoint.at(folder, 1), TOKEN, manifest(1), share(states(0), 0, 1))
     with pytest.raises(CheckpointError, match="cannot be written: Not a directory"):
         writer.wait()
@@ -455,6 +468,7 @@ def test_a_checkpoint_in_the_place_of_another_is_refused(small_run: dict[str, An
     config = parse_config(small_run)
     place = checkpoints_of(config.storage / config.name, None)
     mine = config.model_dump(mode="json")
+    place.create()
     for content, words in [
         ({"config": mine | {"seed": 5}}, r"another value of seed \(was 5, is 0\)"),
         ({"config": mine, "data_sha256": "0" * 64}, "is not what it was trained on"),

@@ -44,17 +44,19 @@ def test_only_what_another_machine_may_cure_is_tried_again(error: BaseException,
 
 
 def test_failures_are_counted_for_each_run_alone(small_run: dict[str, Any]) -> None:
-    small_run["cluster"]["max_failures"] = 2
     config = parse_config(small_run)
 
     async def story() -> None:
         foreman = Foreman()
         assert await foreman.lost("before it has heard of a run")
         for number in (1, 2):
-            await foreman.assign(number, Job(config, config.storage / "small", None, 12))
+            await foreman.assign(number, Job(config, config.storage / "small", None, 12), 2)
             assert [await foreman.lost("gone") for _ in range(3)] == [True, True, False]
-            await foreman.assign(number, Job(config, config.storage / "small", None, 12))
+            await foreman.assign(number, Job(config, config.storage / "small", None, 12), 2)
             assert not await foreman.lost("gone"), "to hear of a job again changes nothing"
+        restarted = Foreman()
+        await restarted.assign(2, Job(config, config.storage / "small", None, 12), 0)
+        assert not await restarted.lost("gone"), "the driver remembers what a process that died has counted"
 
     asyncio.run(story())
 
@@ -66,16 +68,16 @@ def test_a_new_process_does_not_let_workers_wait_for_what_it_cannot_know(small_r
 
     async def story() -> None:
         foreman = Foreman()
-        await foreman.assign(1, job)
+        await foreman.assign(1, job, 3)
         assert await foreman.next_job(0, 0) == (1, job)
         await foreman.begin_attempt(3, 2)
         waiting = asyncio.create_task(foreman.next_job(1, 3))
         await asyncio.sleep(0)
         assert not waiting.done()
-        await foreman.assign(2, job)
+        await foreman.assign(2, job, 3)
         assert await waiting == (2, job)
         restarted = Foreman()
-        await restarted.assign(1, job)
+        await restarted.assign(1, job, 3)
         with pytest.raises(StaleAttemptError):
             await restarted.next_job(1, 3)
         await restarted.dismiss()

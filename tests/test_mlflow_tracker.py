@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,6 +15,9 @@ import pytest
 
 from orchestrator import mlflow_tracker
 from orchestrator.mlflow_tracker import MlflowTracker
+from orchestrator.tracking import CompositeTracker, JsonlTracker
+from tests.runs import runs_of
+from tests.runs import track as track_in
 
 # A step that waited for an answer would wait for MLflow's own limit, 10 s and more; importing mlflow in a thread may
 # hold the interpreter for a good part of a second.
@@ -125,3 +128,43 @@ def test_a_slow_server_gets_everything(tmp_path: Path) -> None:
     assert {metric["step"]: metric["value"] for metric in logged} == {step: step / 7 for step in range(200)}
     assert (artifacts / "plans" / "plan.json").read_text() == "{}"
     assert ("runs/update", "FINISHED") in [(path, content.get("status")) for path, content in asked]
+
+
+def test_a_run_whose_id_was_never_heard_is_found_again(tmp_path: Path, empty_store: Path) -> None:
+    """The driver was killed after the server had begun a run, and before it had said which."""
+    raw = track_in({"storage": str(tmp_path / "runs")}, empty_store)
+    uri, memory, warnings = raw["tracking"]["mlflow_uri"], tmp_path / "mlflow.json", list[str]()
+
+    def tracked() -> str | None:
+        tracker = MlflowTracker(uri, "rayduce", tmp_path, "run", {"seed": 0}, memory, warnings.append)
+        tracker.log(1, {"train_loss": 1.0})
+        tracker.close("FINISHED")
+        return tracker.run_id
+
+    first, known = tracked(), json.loads(memory.read_text())
+    assert known["run_id"] == first is not None
+    memory.write_text(json.dumps({key: known[key] for key in ("uri", "key")}))
+    assert tracked() == first
+    assert json.loads(memory.read_text()) == known
+    assert len(runs_of(raw)) == 1
+    assert warnings == []
+
+
+def test_a_full_disk_does_not_keep_the_other_trackers_from_closing(tmp_path: Path) -> None:
+    closed: list[str] = []
+
+    class Other:
+        def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+        def artifact(self, path: Path, folder: str = "") -> None: ...
+
+        def close(self, status: str) -> None:
+            closed.append(status)
+
+    full = JsonlTracker(tmp_path / "metrics.jsonl")
+    full._file = Path("/dev/full").open("a", buffering=1)  # noqa: SIM115 -- the tracker closes it
+    tracker = CompositeTracker([full, Other()])
+    with pytest.raises(OSError, match="No space left on device"):
+        tracker.log(1, {"train_loss": 1.0})
+    tracker.close("FAILED")  # what could not be written is tried again, which must not hide how the run has ended
+    assert closed == ["FAILED"]

@@ -53,11 +53,15 @@ class Strike:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a disturbed run has ended, and how long it took from each strike until another group of workers began."""
+    """How a disturbed run has ended, and how long it took from each strike until another group of workers began.
+
+    `first` is what the first group took, from the command on.
+    """
 
     code: int
     output: str
     errors: str
+    first: float
     seconds: list[float]
 
 
@@ -88,7 +92,9 @@ def disturbed(raw: dict[str, Any], *strikes: Strike) -> Outcome:
     attempts = Path(raw["storage"]) / raw["name"] / "attempt"
     environment = {"RAYDUCE_HOLD": str(points.folder)}
     driver = start(raw, **environment)
-    drivers, seconds = [driver], []
+    drivers, seconds, began_at = [driver], [], time.monotonic()
+    wait_until(lambda: attempts.exists() or driver.poll() is not None, "the first group")
+    first = time.monotonic() - began_at
     for strike in strikes:
         # Not earlier: a group that is dying from the strike before may still come by.
         points.arm(strike.point, strike.step)
@@ -108,7 +114,7 @@ def disturbed(raw: dict[str, Any], *strikes: Strike) -> Outcome:
     output, errors = driver.communicate(timeout=HANGS_S)
     # Of a killed driver's, Ray's own agents take longest: they ask for a while where the rest has gone.
     wait_until(lambda: not any(_left(ended.pid) for ended in drivers), "all processes end")
-    return Outcome(driver.returncode, output, errors, seconds)
+    return Outcome(driver.returncode, output, errors, first, seconds)
 
 
 def began(attempts: Path, before: str, driver: subprocess.Popen[str]) -> bool:

@@ -6,6 +6,7 @@ import functools
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from ray.cluster_utils import Cluster
 
 from tests.chaos.harness import POINTS, Points, began
-from tests.runs import HANGS_S, losses, plans, saved, start, wait_until
+from tests.runs import HANGS_S, losses, plans, runs_of, saved, start, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long]
 
@@ -48,31 +49,40 @@ def lose_node_of(cluster: Cluster, process: int) -> None:
 
 
 def undisturbed(raw: dict[str, Any], cluster: Cluster) -> Path:
-    raw = raw | {"name": "undisturbed"}
+    raw = raw | {"name": "undisturbed", "tracking": {"mlflow": False}}
     driver = start(raw, RAY_ADDRESS=cluster.address)
     output, errors = driver.communicate(timeout=HANGS_S)
     assert driver.returncode == 0, output + errors
     return Path(raw["storage"]) / raw["name"]
 
 
-def test_another_node_takes_over_at_every_point(small_run: dict[str, Any], cluster: Cluster, points: Points) -> None:
-    small_run["cluster"]["max_failures"] = len(POINTS)
-    driver = start(small_run, RAY_ADDRESS=cluster.address)
-    attempts = Path(small_run["storage"]) / small_run["name"] / "attempt"
-    for point, step in POINTS.values():
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_another_node_takes_over_at_every_point(
+    stage: int, tracked_run: dict[str, Any], cluster: Cluster, points: Points, table: list[tuple[str, str, str]]
+) -> None:
+    tracked_run["cluster"] |= {"zero_stage": stage, "max_failures": len(POINTS)}
+    driver = start(tracked_run, RAY_ADDRESS=cluster.address)
+    attempts, seconds = Path(tracked_run["storage"]) / tracked_run["name"] / "attempt", {}
+    for when, (point, step) in POINTS.items():
         points.arm(point, step)
         held, attempt = points.held(driver, point, step), attempts.read_text()
         cluster.add_node(num_cpus=1)
+        struck = time.monotonic()
         lose_node_of(cluster, held)
         points.let_go(point, step)
         wait_until(functools.partial(began, attempts, attempt, driver), f"another group after {point}")
+        seconds[when] = time.monotonic() - struck
     output, errors = driver.communicate(timeout=HANGS_S)
     assert driver.returncode == 0, output + errors
-    folder, reference = attempts.parent, undisturbed(small_run, cluster)
+    folder, reference = attempts.parent, undisturbed(tracked_run, cluster)
     assert losses(folder) == losses(reference)
     state, expected = saved(folder, 12), saved(reference, 12)
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[key], expected[key]) for key in expected)
+    [run] = runs_of(tracked_run)
+    assert run.info.status == "FINISHED"
+    for when, took in seconds.items():
+        table.append((f"ZeRO-{stage}, node, {when}", f"{took:.0f}", "to the last bit"))
 
 
 def test_an_elastic_run_goes_on_with_fewer_workers(small_run: dict[str, Any], cluster: Cluster, points: Points) -> None:
