@@ -71,6 +71,7 @@ def manifest(state: ShardedState) -> Manifest:
         shard_of=state.owners,
         shards=[],
         truncations=[],
+        probe=None,
         val_loss=None,
         after_cut=False,
         config={},

@@ -122,6 +122,15 @@ class TruncationPlan:
         layers = zip(self.layers, output_errors, strict=True)
         return replace(self, layers=tuple(replace(layer, output_error=error) for layer, error in layers))
 
+    def remembered(self) -> TruncationPlan:
+        """What the next probe is compared with: without projections and foldings, which may be large."""
+        kept = (
+            StateSelection(cut.kept) if isinstance(cut := layer.reduction, StateSelection) else None
+            for layer in self.layers
+        )
+        layers = zip(self.layers, kept, strict=True)
+        return replace(self, layers=tuple(replace(layer, reduction=reduction) for layer, reduction in layers))
+
     def content(self) -> dict[str, Any]:
         """The plan as plain JSON values, arrays as base64 of their little-endian bytes."""
         return {

@@ -56,7 +56,7 @@ class Manifest(BaseModel):
     # A loss that is not finite must come back as it was, or the digest would not match.
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     step: int
     optimizer_step: int
     state_dims: list[int]
@@ -65,6 +65,8 @@ class Manifest(BaseModel):
     shards: list[Shard]
     truncations: list[dict[str, Any]]
     watch: Watch | None = None
+    probe: str | None
+    """The plan of the last probe, as JSON, as far as the next one is compared with it."""
     val_loss: float | None
     """On held-out data, as last measured."""
     after_cut: bool

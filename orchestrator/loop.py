@@ -32,7 +32,7 @@ from orchestrator.filesystem import Folder
 from orchestrator.group import Group, limit_waiting
 from orchestrator.guard import Watch
 from orchestrator.retention import prune
-from orchestrator.run_folder import drop_plans_after, last_plan, next_attempt, write_plan
+from orchestrator.run_folder import drop_plans_after, next_attempt, write_plan
 from orchestrator.sharded_state import ShardedState
 from orchestrator.storage import checkpoints_of
 
@@ -69,6 +69,7 @@ class Worker:
         self.truncations: list[CutRecord] = []
         self.watch: Watch | None = None
         self.val_loss: float | None = None
+        self.last_plan: TruncationPlan | None = None
         self.checkpoints = checkpoints_of(job.folder, config.checkpoints.storage, config.checkpoints.retry_s)
         self.writer = Writer(self.group.rank, self.group.size, config.cluster.timeout_s)
         self.stopping = False
@@ -122,9 +123,10 @@ class Worker:
         """
         self.checkpoints.expect()
         path = checkpoint.newest(self.checkpoints)
-        step = checkpoint.verify(path).step if path else 0
+        manifest = checkpoint.verify(path) if path else None
+        step, previous = (manifest.step, _plan_in(manifest)) if manifest else (0, None)
         drop_plans_after(self.folder, step)
-        attempt, previous = next_attempt(self.folder), last_plan(self.folder, step)
+        attempt = next_attempt(self.folder)
         ray.get(self.coordinator.begin_attempt.remote(attempt, self.group.size, previous))
         return attempt, step
 
@@ -136,6 +138,7 @@ class Worker:
         engine = Engine(config, task, manifest.state_dims, self.group)
         engine.load(state)
         self.step, self.watch, self.val_loss = manifest.step, manifest.watch, manifest.val_loss
+        self.last_plan = _plan_in(manifest)
         self.truncations = [CutRecord(**record) for record in manifest.truncations]
         return engine
 
@@ -260,6 +263,7 @@ class Worker:
         return self._measure(after | around)
 
     def _keep_plan(self, plan: TruncationPlan) -> None:
+        self.last_plan = plan.remembered()
         if self.group.rank == 0:
             write_plan(self.folder, plan)
 
@@ -364,6 +368,7 @@ class Worker:
             shards=[],
             truncations=[record.as_dict() for record in self.truncations],
             watch=self.watch,
+            probe=self.last_plan.to_json() if self.last_plan else None,
             val_loss=self.val_loss,
             after_cut=after_cut,
             config=self.config.model_dump(mode="json"),
@@ -380,3 +385,7 @@ class Worker:
     def _stop_wanted(self) -> bool:
         """Whether the driver wants an end, as rank 0 has just heard: all ranks stop after the same step."""
         return bool(self.group.broadcast(torch.tensor([float(self.stopping)]), 0))
+
+
+def _plan_in(manifest: Manifest) -> TruncationPlan | None:
+    return TruncationPlan.from_json(manifest.probe) if manifest.probe is not None else None

@@ -113,26 +113,11 @@ def write_plan(folder: Path, plan: TruncationPlan) -> None:
     write_whole(plan_path(folder, plan), plan.to_json() + "\n")
 
 
-def last_plan(folder: Path, step: int) -> TruncationPlan | None:
-    """The newest plan up to and including `step`; of several attempts at one step, the latest."""
-    found = [plan for plan in _plan_files(folder) if plan[0] <= step]
-    return TruncationPlan.from_json(max(found)[2].read_text()) if found else None
-
-
 def drop_plans_after(folder: Path, step: int) -> None:
     """Delete the plans of later steps, which are about to be trained again."""
-    for at, _, path in _plan_files(folder):
-        if at > step:
-            path.unlink()
-
-
-def _plan_files(folder: Path) -> list[tuple[int, int, Path]]:
-    """Step, attempt and file of every plan."""
-    files = []
     for path in folder.glob("plans/step-*-attempt-*.json"):
-        _, step, _, attempt = path.stem.split("-")
-        files.append((int(step), int(attempt), path))
-    return files
+        if int(path.stem.split("-")[1]) > step:
+            path.unlink()
 
 
 def plan_path(folder: Path, plan: TruncationPlan) -> Path:

@@ -20,9 +20,9 @@ def run_worker(crew: dict[str, Any]) -> None:
     sys.modules["mlflow"] = None  # type: ignore[assignment]
     from orchestrator.loop import train_worker
 
-    ray.get(crew["foreman"].reserved.remote(ray.util.get_current_placement_group()))
-    number, job = ray.get(crew["foreman"].next_job.remote(0, 0))
+    foreman = crew["foreman"]
+    ray.get(foreman.reserved.remote(ray.util.get_current_placement_group()))
+    number, job = ray.get(foreman.next_job.remote(0, 0))
     while job is not None:
         attempt = train_worker(job)
-        ray.get(crew["foreman"].reserved.remote(ray.util.get_current_placement_group()))
-    number, job = ray.get(crew["foreman"].next_job.remote(number, attempt))
+        number, job = ray.get(foreman.next_job.remote(number, attempt))

@@ -70,6 +70,7 @@ def manifest(step: int, workers: int = 1, **content: Any) -> Manifest:
         shard_of=share(states(0), 0, workers).owners,
         shards=[],
         truncations=[{"val_loss_after": math.inf}],
+        probe=None,
         val_loss=None,
         after_cut=False,
         config={},
