@@ -173,7 +173,7 @@ class MlflowTracker:
     def _begun(self, experiment_id: str) -> str | None:
         """The run that was begun when the training was killed, before it was told the run's id."""
         known = self._known()
-        if known is None:
+        if known is None or "key" not in known:
             return None
         found = self._client.search_runs([experiment_id], f"tags.`{_KEY}` = '{known['key']}'")
         if not found:
