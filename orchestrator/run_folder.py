@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,12 +83,15 @@ def read_metrics(folder: Path) -> list[Json]:
             if number == len(lines) and not line.endswith(b"\n"):
                 break  # the run was killed, or is at this moment, in the middle of this line
             raise UserError(f"{path}, line {number}: expected a JSON object with a `step`") from error
-        # Rows of one step complete each other; a second training loss is that of a step that was trained again.
-        known = rows.get(step, {})
-        rows[step] = row if "train_loss" in row and "train_loss" in known else known | row
+        rows[step] = completed(rows.get(step, {}), row)
     if not rows:
         raise UserError(f"{path} holds no complete row: expected one JSON object a line")
     return [rows[step] for step in sorted(rows)]
+
+
+def completed(known: Mapping[str, Any], row: Mapping[str, Any]) -> Json:
+    """What is known of a step, with another row of it, unless it was trained again: every training has its loss."""
+    return dict(row) if "train_loss" in row and "train_loss" in known else {**known, **row}
 
 
 def write_whole(path: Path, text: str) -> None:
