@@ -124,6 +124,7 @@ def main(command: str, study: str, *options: str) -> None:
             missing = [v for v in variants if (task, model, seed, v.name) not in done]
             if missing and only in ("", f"{task}, {model}"):
                 jobs.append((task, model, seed, missing))
+    jobs.sort(key=lambda job: len(job[-1]), reverse=True)  # the longest first: no worker ends long before the other
     path.parent.mkdir(exist_ok=True)
     spawn = multiprocessing.get_context("spawn")
     # DeepSpeed keeps to the first process group that it meets, so each worker has one for all its groups.
