@@ -33,12 +33,15 @@ CAPTIONS = {
     "pareto_train_seconds": "Held-out loss against the time spent in training. The line joins the trials that no other "
     "beats in both.",
     "pareto_states": "Held-out loss against the states that are left, of all layers together.",
+    "knobs": "Held-out loss against each knob: what the others were differs from point to point.",
     "importance": "Share of each knob in what tells the best trials from the others (PED-ANOVA).",
 }
 
 
 # Of every trial, beside its knobs and objectives.
 COLUMNS = ("trial", "status", "first_cut", "trunk_step", "last_step", "final_dims", "error")
+
+BASELINES = ((VERMILION, "s", "--"), (GREEN, "^", ":"))  # how they are drawn: full size, from scratch
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,7 @@ def render(folder: Path) -> Path:
     figures = {
         "pareto_train_seconds": _pareto(summary, folder, "train_seconds", "seconds of training"),
         "pareto_states": _pareto(summary, folder, "states", "states in all layers"),
+        "knobs": _knobs(summary),
     }
     if summary["importance"]:
         figures["importance"] = _importance(summary["importance"])
@@ -222,9 +226,25 @@ def _pareto(summary: Json, folder: Path, x: str, label: str) -> Figure:
         _scatter(axes, points, x, status, color=colour, marker="o", facecolors=face)
     front = [o.objectives for o in pareto(found, x, "val_loss")]
     axes.plot([o[x] for o in front], [o["val_loss"] for o in front], color=BLUE, linewidth=1, zorder=1)
-    for (what, baseline), colour, marker in zip(summary["baselines"].items(), (VERMILION, GREEN), "s^", strict=False):
+    for (what, baseline), (colour, marker, _) in zip(summary["baselines"].items(), BASELINES, strict=False):
         _scatter(axes, [baseline], x, what, color=colour, marker=marker, s=70)
     axes.legend(frameon=False)
+    return figure
+
+
+def _knobs(summary: Json) -> Figure:
+    """The finished trials, a panel a knob, with the baselines' losses as lines."""
+    knobs = list(summary["best"]["point"])
+    figure = figure_of(3.6)
+    finished = [row for row in summary["trials"] if row["status"] == "finished"]
+    for axes, knob in zip(figure.subplots(1, len(knobs), sharey=True, squeeze=False)[0], knobs, strict=True):
+        style(axes, knob, "held-out loss" if knob == knobs[0] else "")
+        values = [row[knob] for row in finished]
+        numbers = all(type(value) in (int, float) for value in values)
+        axes.scatter(values if numbers else list(map(str, values)), [row["val_loss"] for row in finished], color=BLUE)
+        for (what, baseline), (colour, _, dashes) in zip(summary["baselines"].items(), BASELINES, strict=False):
+            axes.axhline(baseline["val_loss"], color=colour, linestyle=dashes, linewidth=1, zorder=1, label=what)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
     return figure
 
 
