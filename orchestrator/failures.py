@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
 from ray.train import UserCallback
+from ray.train.constants import TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S
 from ray.train.v2._internal.exceptions import RayTrainError
 
 from models.scan.backends import UnavailableError
@@ -43,6 +45,8 @@ class RetryPolicy(UserCallback):  # type: ignore[misc]
         rank, error = max(causes.items(), key=lambda item: isinstance(item[1], RayTrainError | RayError))
         if not ray.get(self._coordinator.lost.remote(f"rank {rank}: {in_a_line(error)}")):
             raise error
+        # This runs in Ray Train's controller, which would wait half a minute for a worker that hangs to take its leave.
+        os.environ[TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S] = "1"
 
 
 def comes_again(error: BaseException) -> bool:
