@@ -170,14 +170,14 @@ class Crew:
             ray.util.remove_placement_group(self._reservation)
             self._reservation = None
 
-    def _trainer(self) -> TorchTrainer:
+    def _trainer(self) -> _Trainer:
         cluster, workers = self.cluster, self.cluster.workers
         # How long Ray Train waits for a worker that does not answer, and for nodes; it has no other way to be told.
         os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(cluster.timeout_s)
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.timeout_s)
         # An actor more per group of workers, to announce the loss of a node to workers that do not ask for it.
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
-        return TorchTrainer(
+        return _Trainer(
             run_worker,
             train_loop_config={"foreman": self.foreman, "use_gpu": cluster.use_gpu},
             scaling_config=ScalingConfig(
@@ -197,7 +197,19 @@ class Crew:
         )
 
 
-def _in_a_thread(trainer: TorchTrainer) -> Future[None]:
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    """Without the actor that gives back what a dead controller has reserved: `Crew` does that.
+
+    Ray Train starts one with every controller, detached. It asks the dashboard every second, so where there is none it
+    helps nobody and, on a cluster that lives on, never ends (2.60, placement_group_cleaner.py, `_monitor_loop`).
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks: list[Any] = super()._create_default_callbacks()
+        return [callback for callback in callbacks if type(callback).__name__ != "PlacementGroupCleanerCallback"]
+
+
+def _in_a_thread(trainer: _Trainer) -> Future[None]:
     """Run a trainer to its end.
 
     In a thread, because in the main one Ray Train takes SIGINT for itself, and ends the process without a word. In a

@@ -165,15 +165,11 @@ def shared_cluster() -> Iterator[str]:
 
 
 def actors_alive(address: str) -> list[str]:
-    """Class names, seen by a driver that comes for this alone; without the two that Ray Train detaches.
-
-    One is the cluster's own, the other ends when it learns from the dashboard that its controller has gone.
-    """
+    """Class names, seen by a driver that comes for this alone; without one that Ray Train leaves to the cluster."""
     code = f"""
 import ray, ray._private.state as state
 ray.init({address!r}, logging_level="ERROR", log_to_driver=False)
 print(*[actor["ActorClassName"] for actor in state.actors().values() if actor["State"] != "DEAD"])
 """
     asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    detached = {"_AutoscalingCoordinatorActor", "PlacementGroupCleaner"}
-    return [name for name in asked.stdout.split() if name not in detached]
+    return [name for name in asked.stdout.split() if name != "_AutoscalingCoordinatorActor"]
