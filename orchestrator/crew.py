@@ -198,15 +198,17 @@ class Crew:
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
-    """Without the actor that gives back what a dead controller has reserved: `Crew` does that.
+    """Without two actors that Ray Train starts and that do nothing here.
 
-    Ray Train starts one with every controller, detached. It asks the dashboard every second, so where there is none it
-    helps nobody and, on a cluster that lives on, never ends (2.60, placement_group_cleaner.py, `_monitor_loop`).
+    One gives back what a dead controller has reserved, as `Crew` does. It is detached and asks the dashboard every second,
+    so where there is none it helps nobody and, on a cluster that lives on, never ends (2.60, placement_group_cleaner.py,
+    `_monitor_loop`). The other shares out Ray Data's datasets, of which there are none.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks: list[Any] = super()._create_default_callbacks()
-        return [callback for callback in callbacks if type(callback).__name__ != "PlacementGroupCleanerCallback"]
+        idle = {"PlacementGroupCleanerCallback", "DatasetsCallback"}
+        return [callback for callback in callbacks if type(callback).__name__ not in idle]
 
 
 def _in_a_thread(trainer: _Trainer) -> Future[None]:
