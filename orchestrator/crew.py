@@ -200,9 +200,9 @@ class Crew:
 class _Trainer(TorchTrainer):  # type: ignore[misc]
     """Without two actors that Ray Train starts and that do nothing here.
 
-    One gives back what a dead controller has reserved, as `Crew` does. It is detached and asks the dashboard every second,
-    so where there is none it helps nobody and, on a cluster that lives on, never ends (2.60, placement_group_cleaner.py,
-    `_monitor_loop`). The other shares out Ray Data's datasets, of which there are none.
+    One gives back what a dead controller has reserved, as `Crew` does. It is detached and asks the dashboard every
+    second, so where there is none it helps nobody and, on a cluster that lives on, never ends (2.60,
+    placement_group_cleaner.py, `_monitor_loop`). The other shares out Ray Data's datasets, of which there are none.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
