@@ -1,8 +1,8 @@
 """The coordinator: an actor that gathers spectra, ranks states over all layers, and gives everyone one plan.
 
 Statistics never reach it: each layer's owner among the workers solves that layer, so that the work falls with the
-number of workers, and sends a spectrum. Once ranks are decided the owners send their layers' reductions, which
-everyone gets as one plan.
+number of workers, and sends a spectrum. Once ranks are decided the owners send their layers' reductions. Rank 0 gets
+them as one plan and passes it on among the workers: projections are tens of MiB, too much to give to each from here.
 
 The driver owns the actor, so it outlives worker restarts and dies with the driver. It is also where rank 0
 leaves what the driver shows and records, and hears whether the driver wants an end. Should the actor's process die, Ray
@@ -125,8 +125,8 @@ class Coordinator:
 
         return await self._meet("spectra", sender, layers, settle)  # type: ignore[no-any-return]
 
-    async def assemble(self, sender: Sender, layers: Mapping[int, LayerPlan]) -> TruncationPlan:
-        """Submit the reductions of the layers that a rank owns; the plan of this probe, once all have.
+    async def assemble(self, sender: Sender, layers: Mapping[int, LayerPlan]) -> TruncationPlan | None:
+        """Submit the reductions of the layers that a rank owns; once all have, the plan of this probe for rank 0.
 
         Deadline and errors are those of `decide`.
         """
@@ -135,7 +135,8 @@ class Coordinator:
             self._previous = assemble(layers, sender.occasion)
             return self._previous
 
-        return await self._meet("reductions", sender, layers, settle)  # type: ignore[no-any-return]
+        plan: TruncationPlan = await self._meet("reductions", sender, layers, settle)
+        return plan if sender.rank == 0 else None
 
     async def _meet(
         self, stage: Stage, sender: Sender, layers: Mapping[int, Any] | Failure, settle: Callable[[dict[int, Any]], Any]
@@ -253,6 +254,6 @@ def coordinate(
     plan = ray.get(coordinator.decide.remote(sender, submission))
     if not isinstance(plan, TruncationPlan):
         layers = {layer: layer_plan(layer, solution, plan[layer]) for layer, solution in solutions.items()}
-        plan = ray.get(coordinator.assemble.remote(sender, layers))
+        plan = group.from_first(ray.get(coordinator.assemble.remote(sender, layers)))
     group.prove_equal(f"the plan of step {occasion.step}", plan.digest)
     return plan  # type: ignore[no-any-return]
