@@ -10,6 +10,7 @@ from typing import Any
 
 from orchestrator.config import RunConfig, flatten
 from orchestrator.errors import UserError
+from orchestrator.filesystem import inside
 from orchestrator.mlflow_tracker import MlflowTracker, mlflow_tracker, mlflow_uri
 from orchestrator.run_folder import write_whole
 from orchestrator.tracking import closing
@@ -22,7 +23,7 @@ def below(config: RunConfig, folder: Path) -> RunConfig:
     tracking = config.tracking.model_copy(update={"mlflow_uri": mlflow_uri(config)})
     storage = config.checkpoints.storage
     place = folder.relative_to(config.storage)
-    checkpoints = config.checkpoints.model_copy(update={"storage": storage and f"{storage}/{place}"})
+    checkpoints = config.checkpoints.model_copy(update={"storage": storage and inside(storage, place)})
     return config.model_copy(update={"storage": folder, "tracking": tracking, "checkpoints": checkpoints})
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, TypeVar
+from urllib.parse import urlsplit, urlunsplit
 
 import pyarrow as pa
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
@@ -201,6 +202,14 @@ class Folder:
                 logger.warning("%s: %s; trying again in %.1f s", self, reason(error), pause)
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+
+def inside(uri: str, place: str | Path) -> str:
+    """The path or URI of `place` below `uri`, whose query stays what it is: a store's region or address."""
+    if "://" not in uri:
+        return str(Path(uri) / place)
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{place}"))
 
 
 def reason(error: Exception) -> str:

@@ -33,7 +33,7 @@ from orchestrator.checkpoint import MANIFEST, CheckpointError, Manifest
 from orchestrator.checkpoint_writer import MissingShardError, Writer
 from orchestrator.config import CheckpointsConfig, ClusterConfig, parse_config
 from orchestrator.errors import TrainingError, UserError
-from orchestrator.filesystem import Folder
+from orchestrator.filesystem import Folder, inside
 from orchestrator.group import Group, limit_waiting
 from orchestrator.guard import Watch
 from orchestrator.retention import kept, prune
@@ -524,6 +524,21 @@ def test_a_damaged_checkpoint_is_not_deleted_for_its_loss(folder: Folder) -> Non
 
 
 # --- where ---
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://bucket/checkpoints?scheme=http&region=eu-central-1&endpoint_override=127.0.0.1:9000",
+        "s3://bucket?region=eu-central-1",
+        "file:///tmp/checkpoints",
+        "/tmp/what? a folder#1",
+    ],
+)
+def test_what_lies_inside_a_place_is_on_the_same_server(uri: str) -> None:
+    outer, inner = (Folder.of(place, "storage") for place in (uri, inside(uri, Path("sweep", "trial-00000"))))
+    assert inner.filesystem == outer.filesystem
+    assert inner.path == f"{outer.path}/sweep/trial-00000"
 
 
 def test_google_storage_is_understood() -> None:
