@@ -73,7 +73,8 @@ def train(config: RunConfig, lent: Lent | None = None) -> dict[str, Any]:
         _check_data(config, data, earlier)
         _check_teacher(config, data)
         terminal = stack.enter_context(chatter_to(folder / "logs" / "ray.log"))
-        stack.enter_context(ray_cluster(config))
+        if lent is None:
+            stack.enter_context(ray_cluster(config))
         stop = lent.stop if lent else stack.enter_context(stop_request())
         if earlier is None:
             start_over(config, folder)
