@@ -80,7 +80,7 @@ class ComplexMoments:
             im2_RN @ self.second_re + re2_RN @ self.second_im,
         )
 
-    def scaled(self, factor_re: Tensor, factor_im: Tensor) -> ComplexMoments:
+    def scaled(self, factor_re: Tensor | float, factor_im: Tensor) -> ComplexMoments:
         """Moments after a change of variables that scales each part's gradient by a real factor."""
         first = torch.complex(self.first.real * factor_re, self.first.imag * factor_im)
         return ComplexMoments(first, self.second_re * factor_re**2, self.second_im * factor_im**2)

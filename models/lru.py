@@ -97,43 +97,53 @@ class LRU(TruncatableLayer):
         return LTISystem(system.eigenvalues_N.cpu(), system.B_NH.cpu(), system.C_HN.cpu())
 
     def system(self) -> LTISystem:
-        """The recurrence alone, in complex128, through which gradients go back to the parameters."""
-        eigenvalues_N = torch.exp(torch.complex(-self.nu_log.double().exp(), self.theta_log.double().exp()))
+        """The recurrence alone, in complex128, through which gradients go back to the parameters.
+
+        Its output is the real part of C h, which does not change when a state is conjugated, with its rows of B and
+        columns of C. What can be merged with others does: here no eigenvalue lies below the real axis.
+        """
+        side_N = _side(self.theta_log)
+        phase_N = side_N * self.theta_log.double().exp()
+        eigenvalues_N = torch.exp(torch.complex(-self.nu_log.double().exp(), phase_N))
         gamma_N1 = self.gamma_log.double().exp().unsqueeze(-1)
-        B_NH = torch.complex(self.B_re.double(), self.B_im.double()) * gamma_N1
-        C_HN = torch.complex(self.C_re.double(), self.C_im.double())
+        B_NH = torch.complex(self.B_re.double(), side_N[:, None] * self.B_im.double()) * gamma_N1
+        C_HN = torch.complex(self.C_re.double(), side_N * self.C_im.double())
         return LTISystem(eigenvalues_N, B_NH, C_HN)
 
     def shrink(self, plan: LayerPlan, states: Mapping[str, ParameterState]) -> dict[str, ParameterState]:
         """The balanced, truncated and diagonal system in the LRU's own parameters.
 
         B and C go through the plan's projections; their moments through the transposed inverses of those, which
-        are the projections' biorthogonal partners. gamma keeps its ratio to the normalising value, and a phase its
-        multiple of 2 pi, from the state that the new one has most of: a cut that loses nothing changes no parameter.
+        are the projections' biorthogonal partners. gamma keeps its ratio to the normalising value, a phase its
+        multiple of 2 pi, and a state its side of the real axis, from the state that the new one has most of: a cut
+        that loses nothing changes no parameter.
         """
         cut = plan.reduction
         assert isinstance(cut, StateTransform), "an LRU layer is cut by balanced truncation"
         device = states["nu_log"].value.device
-        left_RN, right_NR = cut.left_RN.to(device), cut.right_NR.to(device)
+        left_RN, right_NR, ancestors_R = (part.to(device) for part in (cut.left_RN, cut.right_NR, cut.ancestors_R))
         new_R = _polar(cut.eigenvalues_R.to(device))
         gamma_old_N = states["gamma_log"].value.double().exp()
         old_N = torch.exp(-states["nu_log"].value.double().exp())
         ratio_N = gamma_old_N / (1 - old_N.square()).sqrt()
-        gamma_new_R = ratio_N[cut.ancestors_R] * (1 - new_R.abs().square()).sqrt()
+        gamma_new_R = ratio_N[ancestors_R] * (1 - new_R.abs().square()).sqrt()
+        # Plans are of `system`, where no state lies below the real axis.
+        side_N = _side(states["theta_log"].value)
+        side_R = side_N[ancestors_R]
 
-        B_NH = torch.complex(states["B_re"].value.double(), states["B_im"].value.double())
+        B_NH = torch.complex(states["B_re"].value.double(), side_N[:, None] * states["B_im"].value)
         B_RH = (left_RN @ (gamma_old_N[:, None] * B_NH)) / gamma_new_R[:, None]
-        B_moments = ComplexMoments.of(states["B_re"], states["B_im"]).through(
-            gamma_new_R[:, None] * right_NR.mH / gamma_old_N
-        )
-        B_re, B_im = B_moments.with_values(B_RH.real, B_RH.imag)
+        B_moments = ComplexMoments.of(states["B_re"], states["B_im"]).scaled(1, side_N[:, None])
+        B_moments = B_moments.through(gamma_new_R[:, None] * right_NR.mH / gamma_old_N).scaled(1, side_R[:, None])
+        B_re, B_im = B_moments.with_values(B_RH.real, side_R[:, None] * B_RH.imag)
 
-        C_HN = torch.complex(states["C_re"].value.double(), states["C_im"].value.double())
+        C_HN = torch.complex(states["C_re"].value.double(), side_N * states["C_im"].value)
         C_HR = C_HN @ right_NR
-        C_moments = ComplexMoments.of(states["C_re"], states["C_im"]).T.through(left_RN.conj()).T
-        C_re, C_im = C_moments.with_values(C_HR.real, C_HR.imag)
+        C_moments = ComplexMoments.of(states["C_re"], states["C_im"]).scaled(1, side_N)
+        C_moments = C_moments.T.through(left_RN.conj()).T.scaled(1, side_R)
+        C_re, C_im = C_moments.with_values(C_HR.real, side_R * C_HR.imag)
 
-        gamma_log = _shrink_gamma(states, B_re, B_im, gamma_new_R.log(), cut.ancestors_R.to(device))
+        gamma_log = _shrink_gamma(states, B_re, B_im, gamma_new_R.log(), ancestors_R)
         nu_log, theta_log = _shrink_eigenvalues(states["nu_log"], states["theta_log"], cut, new_R)
         return dict(states) | {
             "nu_log": nu_log,
@@ -144,6 +154,12 @@ class LRU(TruncatableLayer):
             "C_re": C_re,
             "C_im": C_im,
         }
+
+
+def _side(theta_log_N: Tensor) -> Tensor:
+    """-1 where an eigenvalue lies below the real axis, else 1; float64."""
+    below_N = theta_log_N.detach().double().exp().sin() < 0
+    return torch.where(below_N, -1.0, 1.0).double()
 
 
 def _polar(eigenvalues_R: Tensor) -> Tensor:
@@ -185,16 +201,19 @@ def _shrink_eigenvalues(
     pseudo-inverse, conjugate transposed.
     """
     old_nu_N, old_theta_N = nu_log.value.double().exp(), theta_log.value.double().exp()
-    old_N = torch.exp(torch.complex(-old_nu_N, old_theta_N))
+    ancestors_R, side_N = cut.ancestors_R.to(old_nu_N.device), _side(theta_log.value)
+    side_R = side_N[ancestors_R]
+    old_N = torch.exp(torch.complex(-old_nu_N, side_N * old_theta_N))
     sensitivity_RN = cut.left_RN.to(old_N.device) * cut.right_NR.to(old_N.device).T * old_N / new_R[:, None]
     gradient_map_RN = torch.linalg.pinv(sensitivity_RN.mH)
 
-    # s = -exp(nu_log) + i exp(theta_log)
-    in_s = ComplexMoments.of(nu_log, theta_log).scaled(-1 / old_nu_N, 1 / old_theta_N)
+    # s = -exp(nu_log) + i side exp(theta_log)
+    in_s = ComplexMoments.of(nu_log, theta_log).scaled(-1 / old_nu_N, side_N / old_theta_N)
     nu_R = -new_R.abs().log()
-    turns_R = ((old_theta_N[cut.ancestors_R] - new_R.angle()) / (2 * math.pi)).round()
-    theta_R = new_R.angle() + 2 * math.pi * turns_R.clamp_min(0)
+    phase_R = side_R * new_R.angle()
+    turns_R = ((old_theta_N[ancestors_R] - phase_R) / (2 * math.pi)).round()
+    theta_R = phase_R + 2 * math.pi * turns_R.clamp_min(0)
     # A real positive eigenvalue has phase 0, whose logarithm does not exist; 2 pi is the same phase. A phase next
     # to 0 moves there too: gradients scale with the phase, so it could not train.
     theta_R = torch.where(theta_R > SMALLEST_PHASE, theta_R, theta_R + 2 * math.pi)
-    return in_s.through(gradient_map_RN).scaled(-nu_R, theta_R).with_values(nu_R.log(), theta_R.log())
+    return in_s.through(gradient_map_RN).scaled(-nu_R, side_R * theta_R).with_values(nu_R.log(), theta_R.log())

@@ -123,7 +123,7 @@ def test_lru_starts_on_its_ring_with_unit_gain() -> None:
     eigenvalues_N = layer.finish_statistics().eigenvalues_N
     assert 0.9 - 1e-6 <= float(eigenvalues_N.abs().min()) < 0.92
     assert 0.99 < float(eigenvalues_N.abs().max()) <= 0.999 + 1e-6
-    assert float(eigenvalues_N.angle().diff().abs().max()) > 3
+    assert float(layer.theta_log.detach().exp().diff().abs().max()) > 3
     gamma_N = (1 - eigenvalues_N.abs().square()).sqrt()
     torch.testing.assert_close(layer.gamma_log.detach().double().exp(), gamma_N, rtol=1e-4, atol=0)
 
@@ -348,18 +348,57 @@ def test_lru_cut_is_the_planned_system_and_keeps_its_bound(dim: int) -> None:
     torch.testing.assert_close(cut["gamma_log"].value.double().exp(), gamma_R, rtol=1e-5, atol=0)
 
 
+@torch.no_grad()
+def conjugated(layer: LRU, states: slice) -> None:
+    """Conjugate some states of a layer in place, which changes no output: that is a real part."""
+    layer.theta_log[states] = (2 * math.pi - layer.theta_log[states].exp()).log()
+    layer.B_im[states] *= -1
+    layer.C_im[:, states] *= -1
+
+
+def test_an_lru_is_cut_alike_whichever_of_its_states_are_conjugated() -> None:
+    x_BLH, layer, other = sequence(4), lru(d_state=20), lru(d_state=20)
+    other.load_state_dict(layer.state_dict())
+    conjugated(other, slice(0, None, 2))
+    torch.testing.assert_close(other(x_BLH), layer(x_BLH))
+    plan, other_plan = (lru_plan(part.finish_statistics(), 5) for part in (layer, other))
+    assert other_plan.spectrum == pytest.approx(plan.spectrum, rel=1e-9)
+    assert other_plan.error_bound == pytest.approx(plan.error_bound, rel=1e-9)
+    smaller, other_smaller = (
+        loaded(part.shrink(cut, with_gradients(part, x_BLH)))(x_BLH)
+        for part, cut in ((layer, plan), (other, other_plan))
+    )
+    assert relative_error(other_smaller, smaller) < 2e-5  # float32, as above
+
+
+def test_states_that_are_each_others_conjugates_are_one() -> None:
+    """What is read from both can be read from one of them, and balanced truncation finds that."""
+    x_BLH, layer = sequence(4), lru(d_state=8)
+    with torch.no_grad():
+        for name in ("nu_log", "theta_log", "gamma_log", "B_re", "B_im"):
+            part = layer.get_parameter(name)
+            part[4:] = part[:4]
+    conjugated(layer, slice(4, 8))
+    plan = lru_plan(layer.finish_statistics(), 4)
+    # Gramians are singular to rounding then, whose root is what HSVs can be told from 0 by.
+    assert max(plan.spectrum[4:]) < 1e-6 * plan.spectrum[0] < plan.spectrum[3]
+    cut = layer.shrink(plan, with_gradients(layer, x_BLH))
+    assert relative_error(loaded(cut)(x_BLH), layer(x_BLH)) < 2e-5
+
+
 def test_lru_carries_eigenvalue_gradients_through_a_lossy_cut() -> None:
     """Any gradient on the new eigenvalues, pulled back to the old ones by autograd, comes forward again."""
     layer = lru(d_state=20)
     plan = lru_plan(layer.finish_statistics(), 4)
     assert isinstance(plan.reduction, StateTransform)
-    eigenvalues_N = torch.exp(torch.complex(-layer.nu_log.exp(), layer.theta_log.exp()))
+    eigenvalues_N = layer.system().eigenvalues_N
     A_RR = plan.reduction.left_RN @ (eigenvalues_N[:, None] * plan.reduction.right_NR)
     found_R = torch.linalg.eigvals(A_RR)
     order_R = (plan.reduction.eigenvalues_R[:, None] - found_R).abs().argmin(1)
     new_R = found_R[order_R]
     nu_log_R = (-new_R.abs().log()).log()
-    theta_log_R = (new_R.angle() % (2 * math.pi)).log()
+    below_R = (layer.theta_log.exp().sin() < 0)[plan.reduction.ancestors_R]
+    theta_log_R = (torch.where(below_R, -new_R.angle(), new_R.angle()) % (2 * math.pi)).log()
     generator = torch.Generator().manual_seed(0)
     by_nu_R, by_theta_R = torch.randn(2, 4, dtype=F64, generator=generator)
     loss = (by_nu_R * nu_log_R + by_theta_R * theta_log_R).sum()
