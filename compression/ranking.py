@@ -76,6 +76,8 @@ class Target(BaseModel):
                 raise ValueError(f"dim {self.dim} must be on the ladder {list(self.ladder)}")
         if self.uniform and len(set(self.dims)) > 1:
             raise ValueError(f"dim {self.dim} must be one number with uniform true")
+        if self.allocation == "global" and len(self.dims) > 1:
+            raise ValueError(f"dim {self.dim} must be one number with allocation global, which shares it out")
         return self
 
     @property
@@ -115,9 +117,12 @@ def choose_ranks(spectra: Sequence[Spectrum], target: Target, event: int, events
     would shrink it by less than 5 %, unless that is what the last event still needs to reach a size.
     """
     limits, size = _sizes(spectra, target, event, events)
+    if target.uniform and target.allocation == "global" and size:
+        limits = [sum(limits) // len(limits)] * len(limits)
+    limits = _rounded(limits, spectra, target)
     ranks, reasons = list(limits), [size] * len(spectra)
     if target.tolerance is not None:
-        within = _round_up(_within_tolerance(spectra, target, target.tolerance), spectra, target)
+        within = _rounded_up(_within_tolerance(spectra, target, target.tolerance), spectra, target)
         ranks = [min(pair) for pair in zip(within, limits, strict=True)]
         word = f"tolerance {target.tolerance:g}"
         reasons = [size if limit < rank else word for rank, limit in zip(within, limits, strict=True)]
@@ -125,10 +130,7 @@ def choose_ranks(spectra: Sequence[Spectrum], target: Target, event: int, events
         if any(spectrum.silent for spectrum in spectra):
             waiting = "kept: another layer carries nothing yet, and all are to be alike"
             return [(s.dim, SILENT if s.silent else waiting) for s in spectra]
-        same = min(max(ranks), *(spectrum.dim for spectrum in spectra))
-        if target.budget is not None:
-            same = min(same, _rung_below(sum(limits) // len(limits), target.ladder))
-        ranks = [same] * len(spectra)
+        ranks = [min(max(ranks), *(spectrum.dim for spectrum in spectra))] * len(spectra)
     last = [event == events and limit < spectrum.dim for limit, spectrum in zip(limits, spectra, strict=True)]
     if target.uniform:
         last = [any(last)] * len(spectra)
@@ -175,7 +177,7 @@ def _by_share(spectra: Sequence[Spectrum], costs: Sequence[int]) -> list[tuple[i
 
 
 def _sizes(spectra: Sequence[Spectrum], target: Target, event: int, events: int) -> tuple[list[int], str]:
-    """The largest rank of each layer that a size allows at this event, and the reason in words."""
+    """The largest rank of each layer that a size allows at this event, on a ladder or not, and the reason in words."""
     dims = [spectrum.dim for spectrum in spectra]
     floor = target.ladder[0] if target.ladder else 1
     when = f", event {event} of {events}"
@@ -194,7 +196,7 @@ def _sizes(spectra: Sequence[Spectrum], target: Target, event: int, events: int)
         limits = [round(now(s.initial_dim, final)) for s, final in zip(spectra, finals, strict=True)]
         if target.allocation == "global":
             limits = _allocate(spectra, [1] * len(spectra), sum(limits), floor)
-        return _round_up([max(1, limit) for limit in limits], spectra, target), what + when
+        return [max(1, limit) for limit in limits], what + when
     if target.budget is not None:
         if target.budget.states is not None:
             costs, what = [1] * len(spectra), f"budget of {target.budget.states} states"
@@ -205,8 +207,7 @@ def _sizes(spectra: Sequence[Spectrum], target: Target, event: int, events: int)
             costs, what = [s.channels for s in spectra], f"budget of {target.budget.cost:g} of the scan cost"
             initial = sum(s.initial_dim * s.channels for s in spectra)
             total = int(now(initial, target.budget.cost * initial) * (1 + 1e-12))  # 0.57 of 100 are 57
-        limits = _allocate(spectra, costs, total, floor)
-        return [_rung_below(limit, target.ladder) for limit in limits], what + when
+        return _allocate(spectra, costs, total, floor), what + when
     return dims, ""
 
 
@@ -227,14 +228,17 @@ def _allocate(spectra: Sequence[Spectrum], costs: Sequence[int], total: int, flo
     return ranks
 
 
-def _round_up(ranks: Sequence[int], spectra: Sequence[Spectrum], target: Target) -> list[int]:
+def _rounded(limits: Sequence[int], spectra: Sequence[Spectrum], target: Target) -> list[int]:
+    """What a size allows, on the ladder: a budget must not be exceeded."""
+    if target.budget is None:
+        return _rounded_up(limits, spectra, target)
+    return [max((rung for rung in target.ladder or () if rung <= limit), default=limit) for limit in limits]
+
+
+def _rounded_up(ranks: Sequence[int], spectra: Sequence[Spectrum], target: Target) -> list[int]:
     """To the next rung of the ladder, or to the present dimension where none lies below it."""
     rungs = target.ladder or ()
     return [
         min([rung for rung in rungs if rung >= rank] + [spectrum.dim]) if rungs else min(rank, spectrum.dim)
         for rank, spectrum in zip(ranks, spectra, strict=True)
     ]
-
-
-def _rung_below(rank: int, ladder: Sequence[int] | None) -> int:
-    return max((rung for rung in ladder or () if rung <= rank), default=rank)

@@ -344,6 +344,12 @@ class RunConfig(_Part):
                 f"truncation.target.budget.states {states} must lie between {least}, the least that "
                 f"{len(dims)} layers can have, and {sum(dims)}, what they begin with"
             )
+        cost = target.budget.cost if target.budget else None
+        if cost is not None and cost < least / sum(dims):
+            raise ValueError(
+                f"truncation.target.budget.cost {cost:g} must be {least / sum(dims):.3g} or more, the least that "
+                f"{len(dims)} layers of {least // len(dims)} states can have"
+            )
 
     @property
     def probe_steps(self) -> tuple[int, ...]:

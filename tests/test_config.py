@@ -55,6 +55,11 @@ def test_shipped_configs_are_valid_and_survive_their_own_yaml(path: Path) -> Non
             "truncation.target={budget: {states: 40}, allocation: global}",
             ["truncation.target.budget.states 40", "between 2", "and 32"],
         ),
+        (
+            "truncation.target={budget: {cost: 0.05}, allocation: global}",
+            ["truncation.target.budget.cost 0.05", "must be 0.0625 or more", "2 layers of 1 states"],
+        ),
+        ("truncation.target={dim: [4, 8], allocation: global}", ["truncation.target: dim (4, 8)", "allocation global"]),
         ("truncation.target={dim: 4, ladder: [8, 16]}", ["truncation.target", "dim 4", "ladder [8, 16]"]),
         ("truncation.target={dim: 8, ladder: [8, 8]}", ["truncation.target", "ladder [8, 8] must increase"]),
         ("truncation.target.dim=17", ["truncation.target.dim 17", "between 1 and model.d_state 16"]),

@@ -248,6 +248,23 @@ def test_uniform_gives_all_layers_the_largest_rank_but_keeps_to_a_budget() -> No
 
 
 @pytest.mark.parametrize(
+    ("size", "rank"),
+    [
+        ({"dim": 16}, 16),
+        ({"fraction": 0.25}, 16),
+        ({"budget": {"states": 48}}, 16),
+        ({"budget": {"cost": 0.25}}, 16),
+        ({"budget": {"states": 96}, "ladder": (8, 32)}, 32),
+        ({"dim": 16, "ladder": (16, 32)}, 16),
+    ],
+)
+def test_uniform_reaches_a_size_whatever_a_global_ranking_gives_each_layer(size: dict[str, Any], rank: int) -> None:
+    spectra = [Spectrum(tuple(decay**i for i in range(64)), 64, 1) for decay in (0.5, 1.0, 0.8)]
+    target = Target(allocation="global", uniform=True, **size)
+    assert [rank for rank, _ in choose_ranks(spectra, target, 1, 1)] == [rank] * 3
+
+
+@pytest.mark.parametrize(
     "target",
     [
         Target(tolerance=0.5),
