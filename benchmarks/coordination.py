@@ -164,7 +164,7 @@ class Messages:
     collectives: int  # reductions of statistics, the plan's broadcast in two, and the comparison of its digests
     spectra: int  # of all layers, into the actor
     reductions: int  # of all layers, into the actor, to rank 0 as the plan, and from it to each worker once
-    actor_peak: int  # the plan that it makes, the last one, and the last one again until the driver has taken it
+    actor_peak: int  # the plan that it makes, and the last one
 
 
 def messages(stack: Stack) -> Messages:
@@ -180,7 +180,7 @@ def messages(stack: Stack) -> Messages:
         collectives=(stack.layers if reduced else 0) + 3,
         spectra=stack.layers * spectrum,
         reductions=stack.layers * reduction,
-        actor_peak=stack.layers * (spectrum + 3 * reduction),
+        actor_peak=stack.layers * (spectrum + 2 * reduction),
     )
 
 

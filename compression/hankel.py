@@ -38,11 +38,11 @@ class Balancing:
     def numerical_rank(self) -> int:
         """States whose HSV is above rounding; those below cannot be balanced and carry nothing."""
         floor = self.sigma_N[0] * torch.finfo(torch.float64).eps * self.sigma_N.numel()
-        return max(1, int((self.sigma_N > floor).sum()))
+        return int((self.sigma_N > floor).sum())
 
     def projections(self, coordinates: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Left (R, N) and right (N, R) onto these balanced coordinates, below the numerical rank; left right = I."""
-        chosen = torch.tensor(coordinates)
+        chosen = torch.tensor(coordinates, dtype=torch.int64)
         root_R = self.sigma_N[chosen].sqrt()
         right_NR = self.L_P_NN @ self.Vh_NN.mH[:, chosen] / root_R
         left_RN = (self.L_Q_NN @ self.U_NN[:, chosen] / root_R).mH

@@ -89,8 +89,8 @@ class _Balanced(Solution):
     def __init__(self, balancing: Balancing, score: Score, seed: int) -> None:
         self.hsv_N = self.sigma_N = balancing.sigma_N
         self._balancing = balancing
-        # Coordinates below rounding cannot be computed.
-        count = balancing.numerical_rank
+        # Coordinates below rounding cannot be computed. A layer that carries nothing is not cut.
+        count = max(1, balancing.numerical_rank)
         coordinates = torch.arange(count) if score == "hankel" else ablation_order(count, score, seed)
         self._coordinates: list[int] = coordinates.tolist()
         self.own_N = balancing.sigma_N[coordinates]

@@ -166,7 +166,9 @@ class Mamba2(SelectiveLayer):
         """Keep the chosen states in all heads: their channels of the convolution and rows of in_proj, for B and C.
 
         In the rotated basis both maps go through the plan's projections, their gradients through the transposed
-        inverses of those. The maps of a first cut are new, so Adam knows nothing of them.
+        inverses of those. The maps of a first cut are new, so Adam knows nothing of them, while its count of steps
+        goes on: its averages of them begin at zero uncorrected, and steps of up to 1.1 times the learning rate follow
+        with betas (0.9, 0.95), of 6.6 times with (0.9, 0.999).
         """
         assert self.n_groups == 1, "a Mamba-2 layer is cut only with one group"
         if isinstance(plan.reduction, StateRotation):

@@ -33,7 +33,7 @@ from compression.planning import (
     solve_layer,
 )
 from compression.truncation import Solution
-from orchestrator.events import Event, Lost, Reserved
+from orchestrator.events import Event, Lost, Probed, Reserved
 from orchestrator.group import Group
 
 logger = logging.getLogger(__name__)
@@ -132,8 +132,7 @@ class Coordinator:
         """
 
         def settle(layers: dict[int, LayerPlan]) -> TruncationPlan:
-            self._previous = assemble(layers, sender.occasion)
-            return self._previous
+            return assemble(layers, sender.occasion)
 
         plan: TruncationPlan = await self._meet("reductions", sender, layers, settle)
         return plan if sender.rank == 0 else None
@@ -178,12 +177,14 @@ class Coordinator:
     async def publish(self, attempt: int, events: Sequence[Event]) -> bool:
         """Leave rank 0's events for the driver; whether the driver wants the run to stop.
 
-        A sender that waits for this keeps the events in order.
+        A sender that waits for this keeps the events in order. The plan of a probe is what the next one is compared
+        with.
 
         Raises:
             StaleAttemptError: the attempt has been superseded.
         """
         self._refuse_stale(attempt)
+        self._previous = next((event.plan for event in events if isinstance(event, Probed)), self._previous)
         self._events.extend(events)
         self._published += len(events)
         return self._stop

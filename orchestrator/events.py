@@ -55,7 +55,7 @@ class CutRecord:
 
 @dataclass(frozen=True)
 class Probed:
-    """A probe's plan; `cut` is None where nothing was truncated."""
+    """A probe's plan as carried out and as it is remembered; `cut` is None where nothing was truncated."""
 
     plan: TruncationPlan
     cut: CutRecord | None

@@ -232,7 +232,7 @@ class Worker:
                 plan = keep_everything(plan.dims_before, occasion, "kept: cut, a layer's output would not be finite")
         self._keep_plan(plan)
         if not plan.truncates:
-            self._publish([Probed(plan, None)])
+            self._publish([Probed(plan.remembered(), None)])
             return False
 
         guard = self._guard
@@ -258,7 +258,7 @@ class Worker:
             val_loss_after=after["val_loss"],
         )
         self.truncations.append(record)
-        self._publish([Probed(plan, record)])
+        self._publish([Probed(plan.remembered(), record)])
         around = {"val_loss_before": before["val_loss"], "val_loss_after": after["val_loss"]}
         return self._measure(after | around)
 

@@ -89,6 +89,18 @@ def test_combinations_that_nothing_reads_are_cut_exactly() -> None:
         assert relative_error(shrunk[name].exp_avg, after[name].exp_avg) < 1e-7, name
 
 
+def test_second_moments_are_those_of_independent_gradients() -> None:
+    """Over all signs of its entries a gradient's entries are independent, and the mean of its squares is known."""
+    generator = torch.Generator().manual_seed(0)
+    map_RN, gradient_map_RN = torch.randn(2, 3, 5, dtype=F64, generator=generator)
+    sizes_NH = torch.rand(5, 2, dtype=F64, generator=generator)
+    signs_KN = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=F64)] * 5)
+    gradients_KNH = signs_KN[:, :, None] * sizes_NH
+    state = ParameterState(torch.zeros(5, 2, dtype=F64), sizes_NH, gradients_KNH.square().mean(0))
+    moved = state.through(map_RN, gradient_map_RN)
+    torch.testing.assert_close(moved.exp_avg_sq, (gradient_map_RN @ gradients_KNH).square().mean(0))
+
+
 def test_the_maps_of_a_first_cut_are_new_to_adam() -> None:
     layer = mamba2()
     assert layer.B_map is None

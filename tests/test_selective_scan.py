@@ -91,6 +91,15 @@ def test_it_bears_extreme_time_steps(backend: str, dt: float) -> None:
         assert relative_error(grad, expected_grad) < 1e-3, name
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_no_number_stays_none(backend: str, name: str) -> None:
+    """In every output that it has a part in."""
+    exact = [part.detach() for part in scan_arguments(1, CHUNK + 3, 20, 5)]
+    exact[NAMES.index(name)][(0,) * exact[NAMES.index(name)].ndim] = torch.nan
+    ours = [part.float() for part in exact]
+    assert torch.equal(selective_scan(*ours).isnan(), reference.selective_scan(*exact).isnan())
+
+
 @pytest.mark.parametrize("z", [-200.0, -90.0, 90.0, 200.0])
 def test_the_gate_bears_extreme_inputs(backend: str, z: float) -> None:
     exact = scan_arguments(1, 5, 3, 2)

@@ -5,14 +5,14 @@ Shapes: N state, H width.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from compression.gramians import LTISystem, lti_gramians
 from compression.hankel import Balancing
-
-# Squarings of A in the Lyapunov solve: eigenvalues up to 1 - 1e-4 are then gone from its powers, to rounding.
-DOUBLINGS = 19
 
 
 def hankel_sum(system: LTISystem) -> Tensor:
@@ -42,9 +42,9 @@ def dense_nuclear_norm(system: LTISystem) -> Tensor:
     differentiated, as is the eigenvalue decomposition. It is what regularising the Hankel nuclear norm was before the
     structure was put to use, and the cost that is quoted against it (CompreSSM, arXiv 2510.02823, section 4).
     """
-    A_NN = torch.diag(system.eigenvalues_N)
-    P_NN = dense_lyapunov(A_NN, system.B_NH @ system.B_NH.mH)
-    Q_NN = dense_lyapunov(A_NN.mH, system.C_HN.mH @ system.C_HN)
+    powers = squarings(torch.diag(system.eigenvalues_N), float(system.eigenvalues_N.detach().abs().max()))
+    P_NN = dense_lyapunov(powers, system.B_NH @ system.B_NH.mH)
+    Q_NN = dense_lyapunov([power_NN.mH for power_NN in powers], system.C_HN.mH @ system.C_HN)
     squares_N = torch.linalg.eigvals(P_NN @ Q_NN).real
     # The root's slope is infinite at 0, where rounding leaves what carries nothing.
     floor = squares_N.detach().max() * torch.finfo(torch.float64).eps * len(squares_N)
@@ -52,10 +52,18 @@ def dense_nuclear_norm(system: LTISystem) -> Tensor:
     return total
 
 
-def dense_lyapunov(A_NN: Tensor, W_NN: Tensor) -> Tensor:
-    """X with X = A X A^H + W by doubling (Smith, SIAM J. Appl. Math. 16, 1968), complex128; |eigenvalues of A| < 1."""
+def squarings(A_NN: Tensor, radius: float) -> list[Tensor]:
+    """A, A^2, A^4 ... to the last one above rounding, complex128; `radius` is A's largest |eigenvalue|, below 1."""
+    steps = math.log(torch.finfo(torch.float64).eps) / math.log(max(radius, 0.5))
+    powers = [A_NN]
+    while 2 ** len(powers) < steps:
+        powers.append(powers[-1] @ powers[-1])
+    return powers
+
+
+def dense_lyapunov(powers: Sequence[Tensor], W_NN: Tensor) -> Tensor:
+    """X with X = A X A^H + W by doubling (Smith, SIAM J. Appl. Math. 16, 1968), from the `squarings` of A."""
     X_NN = W_NN
-    for _ in range(DOUBLINGS):
-        X_NN = X_NN + A_NN @ X_NN @ A_NN.mH
-        A_NN = A_NN @ A_NN
+    for power_NN in powers:
+        X_NN = X_NN + power_NN @ X_NN @ power_NN.mH
     return X_NN

@@ -91,7 +91,7 @@ inline vec exp_(vec x) {
 // 2^x for x <= 0, to 3 units in the last place; 0 to rounding below -126. The polynomial fits 2^f on [-1/2, 1/2] with a
 // relative error of 9e-8, and is exact at 0: what does not decay must not fade.
 inline vec exp2_(vec x) {
-  const vec clamped = x > -126.f ? x : all(-126.f);
+  const vec clamped = x < -126.f ? all(-126.f) : x;  // NaN stays what it is
 #ifdef __AVX512F__
   const vec n = reinterpret_cast<vec>(_mm512_roundscale_ps(reinterpret_cast<__m512>(clamped), 0));
 #else
