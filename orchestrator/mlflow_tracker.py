@@ -31,7 +31,10 @@ _TOLD = {"FINISHED": "finished", "KILLED": "pruned", "FAILED": "failed"}
 
 @dataclass(frozen=True)
 class Nesting:
-    """Where a run belongs that is part of a sweep: the sweep's MLflow run, and tags that say which part."""
+    """Where a run belongs that is part of a sweep: the sweep's MLflow run, and tags that say which part.
+
+    Without one, because MLflow could not be reached, no part is tracked there: each would wait for it anew.
+    """
 
     parent_run_id: str | None
     tags: Mapping[str, str]
@@ -66,7 +69,7 @@ class MlflowTracker:
         self._memory = memory
         self._warn = warn
         self._tags = dict(nesting.tags) if nesting else {}
-        if nesting and nesting.parent_run_id:
+        if nesting is not None and nesting.parent_run_id is not None:
             self._tags["mlflow.parentRunId"] = nesting.parent_run_id
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._metrics: list[tuple[str, float, int, int]] = []
@@ -89,7 +92,12 @@ class MlflowTracker:
                 self._metrics.extend((key, value, now, step) for key, value in metrics.items())
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        self._jobs.put(lambda: self._client.log_artifact(self._connected_run(), str(path), folder or None))
+        def send() -> None:
+            # Where MLflow is slow, the plan of a probe may have been taken back meanwhile.
+            if path.exists():
+                self._client.log_artifact(self._connected_run(), str(path), folder or None)
+
+        self._jobs.put(send)
 
     def close(self, status: str) -> None:
         self._jobs.put(self._send_metrics)
@@ -225,8 +233,8 @@ def mlflow_command(config: RunConfig) -> str:
 def mlflow_tracker(
     config: RunConfig, folder: Path, warn: Callable[[str], None], nesting: Nesting | None = None
 ) -> MlflowTracker | None:
-    """The MLflow run of the training in `folder`; None where the config wants none."""
-    if not config.tracking.mlflow:
+    """The MLflow run of the training in `folder`; None where the config wants none, or there is none to nest it in."""
+    if not config.tracking.mlflow or (nesting is not None and nesting.parent_run_id is None):
         return None
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a run needs no network
     return MlflowTracker(

@@ -116,6 +116,7 @@ def test_a_slow_server_gets_everything(tmp_path: Path) -> None:
             tracker.log(step, {"train_loss": step / 7})
             longest = max(longest, time.perf_counter() - before)
             time.sleep(0.01)
+        tracker.artifact(tmp_path / "taken-back.json", "plans")
         tracker.artifact(plan, "plans")
         before = time.perf_counter()
         assert tracker.run_id == "7"
