@@ -150,8 +150,8 @@ class Trunk:
         return Engine(config, self._task, config.model.state_dims, self._group)
 
     def _held_out(self, config: RunConfig) -> Any:
-        train = config.train
-        return validation_batches(self._data, config.seq_len, train.batch_size, train.eval_batches, 0, 1)
+        rows, size = config.train.eval_batches * config.train.batch_size, config.train.batch_size
+        return validation_batches(self._data, config.seq_len, rows, size, 0, 1)
 
     def _evaluate(self, engine: Engine) -> dict[str, float]:
         return engine.evaluate(self._held_out(self._config))

@@ -66,6 +66,7 @@ def manifest(state: ShardedState) -> Manifest:
     return Manifest(
         step=1,
         optimizer_step=state.optimizer_step,
+        train_seconds=0.0,
         state_dims=[],
         shapes=state.shapes,
         shard_of=state.owners,
@@ -99,7 +100,7 @@ class Worker:
 
     def stretch(self, folder: Path | None) -> tuple[float, float]:
         """Seconds of a stretch of steps, and of the copy out of the engine before it, if it saves into `folder`."""
-        self.group.barrier()
+        dist.barrier()
         started, copied = time.perf_counter(), 0.0
         if folder is not None:
             state = self.engine.state()

@@ -130,7 +130,7 @@ class Worker:
     def probe(self, actor: Any, stack: Stack, step: int) -> tuple[float, float]:
         """Seconds for all of it, and the processor's for solving and reducing this worker's own layers once more."""
         statistics = [stack.statistics(layer) for layer in range(stack.layers)]
-        self.group.barrier()
+        dist.barrier()
         started = time.perf_counter()
         coordinate(actor, stack.rule, Occasion(step, 1, step, ROUNDS), statistics, self.group)
         seconds = time.perf_counter() - started

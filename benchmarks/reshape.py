@@ -95,10 +95,10 @@ def cut_often(rank: int, stage: int, store: str) -> tuple[int, list[float], list
         ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps would hide a part of the peak
         before_mib = _status_mib("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-        group.barrier()
+        dist.barrier()
         started = time.perf_counter()
         engine.reshape(TruncationPlan(step, 1, 1, tuple(layers)))
-        group.barrier()
+        dist.barrier()
         seconds.append(time.perf_counter() - started)
         peaks.append(_status_mib("VmHWM") - before_mib)
     engine.close()

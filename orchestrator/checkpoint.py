@@ -56,9 +56,11 @@ class Manifest(BaseModel):
     # A loss that is not finite must come back as it was, or the digest would not match.
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
-    format: Literal[3] = 3
+    format: Literal[4] = 4
     step: int
     optimizer_step: int
+    train_seconds: float
+    """Of all steps, probes and cuts so far, but for what a guard took back and what a restart lost."""
     state_dims: list[int]
     shapes: dict[str, tuple[int, ...]]
     shard_of: dict[str, int]

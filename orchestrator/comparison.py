@@ -1,8 +1,8 @@
 """A comparison: full size, truncation in mid-training, and what it claims to beat, each trained the same way.
 
 Methods of one seed share data order, steps and optimizer, and all that are made smaller end with the dimensions that
-truncation has reached at that seed; those that are cut at their end, with as many states in all (`_own`). What begins
-as full size does begins with its checkpoint, with the metrics, and so the time, of the steps before.
+truncation has reached at that seed; those that are cut at their end, with as many states in all (`_own`). What runs
+have in common, as most have with full size up to the first probe, is trained once, and its time is each one's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from orchestrator import checkpoint, launch
@@ -27,7 +27,7 @@ from orchestrator.ray_cluster import ray_cluster
 from orchestrator.signals import StopRequest, stop_request
 from orchestrator.storage import checkpoints_of, hold_folder
 from orchestrator.terminal import chatter_to, duration
-from orchestrator.trunk import branch, trunk_of
+from orchestrator.trunk import NAME, branch, untruncated
 
 METHODS = {
     "full": "full size to the end",
@@ -42,6 +42,7 @@ METHODS = {
 }
 # The learning rate after pruning begins at this share of its peak, or higher where the schedule still is.
 FINE_TUNED_AT = 0.1
+FROM_SCRATCH = ("scratch", "distill")
 PENALTIES = {"hsv_regularized": "hankel", "nuclear_regularized": "nuclear"}
 
 
@@ -82,9 +83,6 @@ def compare(config: RunConfig, request: Request) -> list[Row]:
     """
     started = time.perf_counter()
     check(config, request)
-    # Of all runs alike, for it takes time: where those begin that begin as full size does.
-    every = config.train.model_copy(update={"checkpoint_every": max(1, config.probe_steps[0] - 1)})
-    config = config.model_copy(update={"train": every})
     folder = config.storage / f"{config.name}-compare"
     with hold_folder(folder), ExitStack() as stack:
         base = below(config, folder)
@@ -163,21 +161,21 @@ class _Team:
 
 def _train_all(base: RunConfig, request: Request, team: _Team) -> Iterator[Row]:
     """The rows of one seed, whose runs lie in `base.storage`."""
-    full = trunk_of(base, "full", base.train.checkpoint_every)
-    place = Place("full", "", base.seed)
-    whole = _row(place, full, launch.train(full, team.lent(place)), 0.0)
+    full, before = untruncated(base, "full"), base.probe_steps[0] - 1
+    whole = _train(Place("full", "", base.seed), full, full, before, team)
     yield whole
     for size, truncated in _sizes(base, request):
         place = Place("hankel", size, base.seed)
         cut = truncated.model_copy(update={"name": place.name})
-        branch(cut, full, team.lent(Place("full", "", base.seed)))
-        reached = _row(place, cut, launch.train(cut, team.lent(place)), 0.0)
+        reached = _train(place, cut, full, before, team)
         yield reached
         for method in _opponents(request):
             opponent = Place(method, size, base.seed)
             try:
                 config = _opponent(opponent, cut, full, reached.final_dims, request)
-                yield _train_opponent(opponent, config, full, team, whole)
+                row = _train(opponent, config, full, before, team)
+                teaching = whole.train_seconds if method == "distill" else 0.0
+                yield replace(row, train_seconds=row.train_seconds + teaching)
             except TrainingError as error:
                 yield Row.failed(method, size, base.seed, str(error))
 
@@ -240,21 +238,22 @@ def _own(cut: RunConfig, reached: Sequence[int]) -> dict[str, Any]:
     return {"budget": {"states": sum(reached)}, "allocation": "global"}
 
 
-def _train_opponent(place: Place, config: RunConfig, full: RunConfig, team: _Team, whole: Row) -> Row:
-    lent = team.lent(place)
-    if place.method in PENALTIES:
-        trunk = trunk_of(config, f"{place.method}-full", config.train.checkpoint_every)
-        branch(config, trunk, team.lent(Place(trunk.name, "", place.seed)))
-    elif config.truncation is not None:
-        branch(config, full, lent)
-    charged = whole.train_seconds if place.method == "distill" else 0.0
-    return _row(place, config, launch.train(config, lent), charged)
+def _train(place: Place, config: RunConfig, full: RunConfig, before: int, team: _Team) -> Row:
+    """Train a run, with what it has in common with others trained once; `before` is the step before the first probe."""
+    shared = untruncated(full, NAME)
+    if place.method == "magnitude":
+        shared, before = full, full.train.steps
+    elif place.method in PENALTIES:
+        shared, before = untruncated(config, f"{place.method}-full"), full.train.steps - 1
+    if place.method not in FROM_SCRATCH:
+        branch(config, shared, before, team.lent(Place(shared.name, "", place.seed)))
+    return _row(place, config, launch.train(config, team.lent(place)))
 
 
-def _row(place: Place, config: RunConfig, summary: dict[str, Any], charged: float) -> Row:
-    """What a finished run came to; `charged` are seconds of other runs that it could not do without."""
+def _row(place: Place, config: RunConfig, summary: dict[str, Any]) -> Row:
+    """What a finished run came to."""
     folder = config.storage / config.name
-    path = checkpoint.newest(checkpoints_of(folder, config.checkpoints.storage))
+    path = checkpoint.newest(checkpoints_of(folder, config.checkpoints.storage, config.checkpoints.retry_s))
     assert path is not None, "a finished run has saved its last step"
     shapes = checkpoint.read_manifest(path).shapes
     return Row(
@@ -265,7 +264,7 @@ def _row(place: Place, config: RunConfig, summary: dict[str, Any], charged: floa
         val_loss=summary["val_loss_final"],
         val_accuracy=summary["val_accuracy_final"],
         final_dims=summary["final_dims"],
-        train_seconds=summary["train_seconds"] + charged,
+        train_seconds=summary["train_seconds"],
         parameters=sum(math.prod(shape) for shape in shapes.values()),
         tokens_per_s=summary["tokens_per_s_after"] or summary["tokens_per_s_before"],
     )

@@ -32,11 +32,12 @@ class Row:
     final_dims: list[int]
     train_seconds: float
     parameters: int
-    tokens_per_s: float
+    tokens_per_s: float | None
+    """None where the metrics are gone with their machine."""
 
     @classmethod
     def failed(cls, method: str, size: str, seed: int, error: str) -> Row:
-        return cls(method, size, seed, error, float("nan"), None, [], float("nan"), 0, float("nan"))
+        return cls(method, size, seed, error, float("nan"), None, [], float("nan"), 0, None)
 
     def told(self) -> str:
         """For a person who waits."""
@@ -87,7 +88,7 @@ def markdown(rows: Sequence[Row], methods: Mapping[str, str]) -> str:
             states,
             f"{statistics.mean(_ratio(row, rows) for row in found):.2f}",
             count(statistics.mean(row.parameters for row in found)),
-            count(statistics.mean(row.tokens_per_s for row in found)),
+            _speed(found),
             str(len(found)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -110,6 +111,11 @@ def _quality(found: Sequence[Row]) -> str:
         values, form = [row.val_loss for row in found], "{:.4f}"
     spread = f" ± {form.format(statistics.stdev(values)).removesuffix(' %')}" if len(values) > 1 else ""
     return form.format(statistics.mean(values)) + spread
+
+
+def _speed(found: Sequence[Row]) -> str:
+    known = [row.tokens_per_s for row in found if row.tokens_per_s is not None]
+    return count(statistics.mean(known)) if known else "–"
 
 
 def _ratio(row: Row, rows: Sequence[Row]) -> float:

@@ -29,13 +29,13 @@ class Finding:
     remedy: str = ""
 
 
-def examine(storage: Path | None = None) -> list[Finding]:
-    """Look at what training needs; `storage` is where runs will be written (default: the current folder).
+def examine() -> list[Finding]:
+    """Look at what training needs, in the current folder, below which runs are written.
 
     Returns one finding per subject and raises nothing: what is absent is a finding. Ray is not started, nor
     DeepSpeed imported: that takes seconds, and the accelerator that it will choose follows from torch.
     """
-    local = [_python(), _compiler(), _headers(), _ninja(), _cores(), _memory(), _disk(storage or Path.cwd())]
+    local = [_python(), _compiler(), _headers(), _ninja(), _cores(), _memory(), _disk()]
     return [*local, *_torch_gpu_deepspeed(), _ray(), _package("MLflow", "mlflow")]
 
 
@@ -118,11 +118,11 @@ def _words(control: str) -> list[str]:
     return path.read_text().split() if (path := Path("/sys/fs/cgroup", control)).is_file() else []
 
 
-def _disk(storage: Path) -> Finding:
-    place = next(path for path in (storage.absolute(), *storage.absolute().parents) if path.exists())
+def _disk() -> Finding:
+    place = Path.cwd()
     free = shutil.disk_usage(place).free / GIB
     if not os.access(place, os.W_OK):
-        return Finding("disk", "missing", f"{place} cannot be written to", "choose another storage path")
+        return Finding("disk", "missing", f"{place} cannot be written to", "choose another folder, or set storage")
     remedy = "" if free >= 5 else "free some: checkpoints may fill it"
     return Finding("disk", "note" if remedy else "ok", f"{free:.1f} GiB free at {place}", remedy)
 

@@ -15,8 +15,7 @@ from compression.plan import TruncationPlan
 from orchestrator.config import RunConfig
 from orchestrator.errors import TrainingError
 from orchestrator.events import CutRecord, Event, Lost, Measured, Probed, Reserved, RolledBack, Saved, Started, Stopped
-from orchestrator.run_folder import completed, plan_path, read_metrics
-from orchestrator.summary import train_seconds
+from orchestrator.run_folder import plan_path
 from orchestrator.terminal import Terminal, count, dims, duration
 from orchestrator.tracking import Tracker
 
@@ -56,9 +55,6 @@ class Follower:
         self._dims: list[float] = [*config.model.state_dims]
         self._recent: deque[dict[str, float]] = deque(maxlen=10)
         self._val_loss: float | None = None
-        # By step, those before the run was continued included.
-        path = folder / "metrics.jsonl"
-        self._rows = {row["step"]: row for row in (read_metrics(folder) if path.stat().st_size else [])}
         self._stop = threading.Event()
         self._end_workers = False
         self._thread = threading.Thread(target=self._follow, name="follower", daemon=True)
@@ -108,11 +104,6 @@ class Follower:
                 self.lost += 1
                 self._terminal.line(f"workers lost after step {self.step} ({reason}); starting them again")
             case Measured(step, metrics):
-                self._rows[step] = completed(self._rows.get(step, {}), metrics)
-                if "val_loss" in metrics:
-                    metrics |= {
-                        "train_seconds": train_seconds(self._rows, {cut.step: cut.seconds for cut in self.cuts})
-                    }
                 self._tracker.log(step, metrics)
                 if "train_loss" in metrics:
                     self.step = step

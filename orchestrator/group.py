@@ -97,7 +97,3 @@ class Group:
         if len(set(digests)) > 1:
             listing = ", ".join(f"rank {rank}: {value[:12]}" for rank, value in enumerate(digests))
             raise DisagreementError(f"workers disagree on {what}: {listing}")
-
-    def barrier(self) -> None:
-        # An all-reduce instead of dist.barrier, which guesses a CUDA device under NCCL.
-        dist.all_reduce(torch.zeros(1, device=self.device))

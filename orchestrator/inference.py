@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import yaml
-
 from models.heads import SequenceModel
 from models.registry import (
     ClassificationTask,
@@ -25,7 +23,7 @@ from orchestrator.data.recall import Recall
 from orchestrator.data.text import StdlibText, TextFiles
 from orchestrator.errors import UserError
 from orchestrator.filesystem import Folder
-from orchestrator.storage import checkpoints_of
+from orchestrator.storage import checkpoints_of, earlier_storage
 
 
 def load_model(run: Path | str) -> SequenceModel:
@@ -58,14 +56,10 @@ def _checkpoints(run: Path | str) -> Folder:
     if "://" in str(run):
         return Folder.of(run, "run")
     run = Path(run)
-    config = run / "config.yaml"
-    if config.is_file():
-        storage = (yaml.safe_load(config.read_text()).get("checkpoints") or {}).get("storage")
-        if storage is not None:
-            return checkpoints_of(run.absolute(), storage)
-    if not (run / "checkpoints").is_dir():
+    storage = earlier_storage(run)
+    if storage is None and not (run / "checkpoints").is_dir():
         raise UserError(f"{run} has no folder checkpoints: expected the folder of a training run")
-    return checkpoints_of(run, None)
+    return checkpoints_of(run.absolute(), storage)
 
 
 def _task(config: RunConfig, shapes: Mapping[str, tuple[int, ...]]) -> Task:

@@ -32,6 +32,9 @@ from orchestrator.terminal import Terminal, chatter_to, duration
 from orchestrator.tracking import RunTracker, Tracker, tracking
 from orchestrator.versions import deepspeed_version
 
+# Says of a finished run that its page is drawn and its trackers have everything.
+REPORTED = "reported"
+
 
 @dataclass(frozen=True)
 class Lent:
@@ -59,13 +62,18 @@ def train(config: RunConfig, lent: Lent | None = None) -> dict[str, Any]:
     """
     started = time.perf_counter()
     deepspeed_version()
-    with run_folder(config) as folder, ExitStack() as stack:
+    # Whoever waits at a terminal hears at once that storage is away; nobody would start a sweep's trial again.
+    retry_s = config.checkpoints.retry_s if lent else 0
+    belongs = (lent.nesting, lent.listener) if lent else ()
+    with run_folder(config, retry_s) as folder, ExitStack() as stack:
         if (summary := finished(config, folder)) is not None:
-            if not (folder / "report.html").exists():  # it was killed in between
-                write_report(folder)
+            if not (folder / REPORTED).exists():  # the driver was killed in between
+                with tracking(config, folder, print, *belongs) as tracker:
+                    _report(folder, tracker)
+                (folder / REPORTED).touch()
             print(f"run {config.name} is finished: {folder / 'summary.json'}; another name= starts a new run")
             return summary
-        earlier = earlier_start(config, folder)
+        earlier = earlier_start(config, folder, retry_s)
         until = (lent.until if lent else None) or config.train.steps
         if earlier is not None and until <= earlier.step < config.train.steps:
             return {}
@@ -84,14 +92,14 @@ def train(config: RunConfig, lent: Lent | None = None) -> dict[str, Any]:
         if lent is None:
             terminal.line("starting (the first run on a machine compiles its kernels, about a minute)")
             crew = stack.enter_context(Crew(config.cluster, folder / "ray_train", folder / "logs" / "ray.log"))
-            tracker = stack.enter_context(tracking(config, folder, terminal.line))
         else:
             crew = lent.crew
-            tracker = stack.enter_context(tracking(config, folder, terminal.line, lent.nesting, lent.listener))
+        tracker = stack.enter_context(tracking(config, folder, terminal.line, *belongs))
         summary = _run(Job(config, folder, crew.foreman, until), crew, tracker, terminal, stop)
 
     if not summary:
         return {}
+    (folder / REPORTED).touch()
     print(f"done in {duration(time.perf_counter() - started)}")
     print("\n".join(describe_summary(summary)))
     print(f"  files       {folder} (report.html, summary.json, metrics.jsonl, plans, figures, logs)")
@@ -120,12 +128,17 @@ def _run(job: Job, crew: Crew, tracker: RunTracker, terminal: Terminal, stop: St
         return {}
     truncations = [cut.as_dict() for cut in follower.cuts]
     summary = write_summary(config, folder, truncations, tracker.mlflow_run_id, follower.checkpoint)
+    _report(folder, tracker)
+    return summary
+
+
+def _report(folder: Path, tracker: RunTracker) -> None:
+    """Draw and hand over what a finished run leaves to look at."""
     report = write_report(folder)
     for path in sorted((folder / "figures").iterdir()):
         tracker.artifact(path, "figures")
     for path in (folder / "config.yaml", folder / "summary.json", report):
         tracker.artifact(path)
-    return summary
 
 
 def _check_data(config: RunConfig, data: Path, earlier: Manifest | None) -> None:

@@ -66,6 +66,7 @@ class Worker:
             self.data, config.seq_len, config.train.batch_size, config.seed, self.group.rank, self.group.size
         )
         self.step = 0
+        self.train_seconds = 0.0
         self.truncations: list[CutRecord] = []
         self.watch: Watch | None = None
         self.val_loss: float | None = None
@@ -89,7 +90,7 @@ class Worker:
         train, probes = config.train, set(config.probe_steps)
         if self.step == train.steps:
             # The machine that had its metrics may be gone, and the summary needs the last ones.
-            self._publish([Measured(self.step, self._evaluate() | self._dims())])
+            self._publish([Measured(self.step, self._evaluate() | self._standing())])
         stop = self.step < self.until and self._stop_wanted()
         while self.step < self.until and not stop:
             self.step += 1
@@ -137,7 +138,8 @@ class Worker:
         manifest, state = self.group.together(lambda: self._read(path, checkpoint.read_manifest))
         engine = Engine(config, task, manifest.state_dims, self.group)
         engine.load(state)
-        self.step, self.watch, self.val_loss = manifest.step, manifest.watch, manifest.val_loss
+        self.step, self.train_seconds = manifest.step, manifest.train_seconds
+        self.watch, self.val_loss = manifest.watch, manifest.val_loss
         self.last_plan = _plan_in(manifest)
         self.truncations = [CutRecord(**record) for record in manifest.truncations]
         return engine
@@ -183,6 +185,7 @@ class Worker:
             # A step there only launches work, which the reduction has waited for: share the time out evenly.
             total = sum(times) + time.perf_counter() - started
             times = [total / len(times)] * len(times)
+        self.train_seconds += sum(times)
         events: list[Event] = []
         lost = []
         for (step, *_), loss, norm, seconds in zip(pending, numbers[::2], numbers[1::2], times, strict=True):
@@ -221,7 +224,9 @@ class Worker:
         reach("statistics", self.step)
         occasion = Occasion(self.step, self.attempt, probes.index(self.step) + 1, len(probes))
         plan = coordinate(self.coordinator, rule, occasion, statistics, self.group)
-        self._publish([Measured(self.step, {"probe_ms": 1000 * (time.perf_counter() - started)})])
+        probe_seconds = time.perf_counter() - started
+        self.train_seconds += probe_seconds
+        self._publish([Measured(self.step, {"probe_ms": 1000 * probe_seconds})])
         before: dict[str, float] = {}
         if plan.truncates:
             plan, before = self.engine.certify(plan, self._held_out())
@@ -244,6 +249,7 @@ class Worker:
         reach("reshape", self.step)
         self.group.prove_equal(f"the parameters after the cut at step {self.step}", self.engine.checksum())
         seconds = time.perf_counter() - started
+        self.train_seconds += seconds - probe_seconds
         after = self._evaluate()
         record = CutRecord(
             step=self.step,
@@ -275,16 +281,17 @@ class Worker:
 
     def _held_out(self) -> Iterator[Batch]:
         train, group = self.config.train, self.group
-        size, batches = train.batch_size // train.accumulation, train.eval_batches * train.accumulation
-        return validation_batches(self.data, self.config.seq_len, size, batches, group.rank, group.size)
+        rows, size = train.eval_batches * train.batch_size, train.batch_size // train.accumulation
+        return validation_batches(self.data, self.config.seq_len, rows, size, group.rank, group.size)
 
     def _evaluate(self) -> dict[str, float]:
         return self.engine.evaluate(self._held_out())
 
-    def _dims(self) -> dict[str, float]:
-        """The state dimensions as metrics, of each layer and together."""
+    def _standing(self) -> dict[str, float]:
+        """As metrics, the time spent so far, and the state dimensions of each layer and together."""
         dims = self.engine.state_dims
-        return {"states": float(sum(dims))} | {f"d_state_{layer:02d}": float(dim) for layer, dim in enumerate(dims)}
+        by_layer = {f"d_state_{layer:02d}": float(dim) for layer, dim in enumerate(dims)}
+        return {"train_seconds": self.train_seconds, "states": float(sum(dims))} | by_layer
 
     def _measure(self, metrics: dict[str, float]) -> bool:
         """Publish what was measured; False where that made the guard take the last cut back.
@@ -292,7 +299,7 @@ class Worker:
         Raises:
             FloatingPointError: as `_give_up`, for the held-out loss.
         """
-        self._publish([Measured(self.step, metrics | self._dims())])
+        self._publish([Measured(self.step, metrics | self._standing())])
         return self._judge(metrics)
 
     def _judge(self, metrics: dict[str, float]) -> bool:
@@ -328,7 +335,8 @@ class Worker:
         manifest, state = self.group.together(lambda: self._read(uncut, checkpoint.verify))
         assert manifest.step == step, f"the checkpoint before the cut is of step {manifest.step}, not {step}"
         self.engine.restore(manifest.state_dims, state)
-        self.step, self.watch, self.val_loss = step, None, manifest.val_loss
+        self.step, self.train_seconds = step, manifest.train_seconds
+        self.watch, self.val_loss = None, manifest.val_loss
         self.truncations = [replace(cut, rolled_back=cut.step >= step) for cut in self.truncations]
         self._save(after_cut=False)
 
@@ -362,6 +370,7 @@ class Worker:
         manifest = Manifest(
             step=self.step,
             optimizer_step=state.optimizer_step,
+            train_seconds=self.train_seconds,
             state_dims=self.engine.state_dims,
             shapes=state.shapes,
             shard_of=state.owners,

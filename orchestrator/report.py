@@ -35,16 +35,9 @@ TEMPLATES = jinja2.Environment(
 )
 
 
-def write_figures(run: Path) -> list[Path]:
-    """Draw `loss.png`, `state_dims.png`, `hsv_spectra.png` and `hsv_drift.png` into `run/figures`.
-
-    Returns their paths. Raises UserError where `run` is not the folder of a run or a file in it is broken.
-    """
-    return _draw(read_run(run), run / "figures")
-
-
 def write_report(run: Path) -> Path:
-    """Draw the figures and write `run/report.html`, one page that needs no other file and no network.
+    """Draw `loss.png`, `state_dims.png`, `hsv_spectra.png` and `hsv_drift.png` into `run/figures`, and write
+    `run/report.html`, one page that needs no other file and no network.
 
     Returns its path. Raises UserError where `run` is not the folder of a run or a file in it is broken.
     """

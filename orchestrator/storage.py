@@ -36,8 +36,10 @@ def checkpoints_of(run: Path, storage: str | None, retry_s: float = 0) -> Folder
 
 
 @contextmanager
-def run_folder(config: RunConfig) -> Iterator[Path]:
+def run_folder(config: RunConfig, retry_s: float = 0) -> Iterator[Path]:
     """The folder of the run, made where it is missing, and closed to other drivers for the duration of the block.
+
+    `retry_s`: how long its checkpoints' storage may be away.
 
     A `UserError` in the block takes a folder away again that was made for it, as long as nothing was started there:
     a run starts by writing config.yaml.
@@ -50,7 +52,7 @@ def run_folder(config: RunConfig) -> Iterator[Path]:
     with hold_folder(folder):
         try:
             (folder / "plans").mkdir(exist_ok=True)
-            _create(folder, config)
+            _create(folder, config, retry_s)
             yield folder
         except UserError:
             if new and not (folder / "config.yaml").exists():
@@ -89,10 +91,10 @@ def hold_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-def _create(folder: Path, config: RunConfig) -> None:
+def _create(folder: Path, config: RunConfig, retry_s: float) -> None:
     storage = config.checkpoints.storage
-    checkpoints = checkpoints_of(folder, storage)
-    if storage is not None and _earlier_storage(folder) == storage:
+    checkpoints = checkpoints_of(folder, storage, retry_s)
+    if storage is not None and earlier_storage(folder) == storage:
         try:
             checkpoints.expect()
         except OSError as error:
@@ -109,13 +111,15 @@ def _create(folder: Path, config: RunConfig) -> None:
         ) from error
 
 
-def earlier_start(config: RunConfig, folder: Path) -> Manifest | None:
+def earlier_start(config: RunConfig, folder: Path, retry_s: float = 0) -> Manifest | None:
     """The verified manifest of the run's newest complete checkpoint; None where the run has to start over.
+
+    `retry_s`: how long the checkpoints' storage may be away.
 
     Raises:
         UserError: the checkpoint is damaged, or of a run with another config.
     """
-    path = newest(checkpoints_of(folder, config.checkpoints.storage))
+    path = newest(checkpoints_of(folder, config.checkpoints.storage, retry_s))
     if path is None:
         _refuse_other_place(config, folder)
         return None
@@ -126,7 +130,7 @@ def earlier_start(config: RunConfig, folder: Path) -> Manifest | None:
 def _refuse_other_place(config: RunConfig, folder: Path) -> None:
     """To start over for want of checkpoints would take away the metrics and plans of those that are elsewhere."""
     storage = config.checkpoints.storage
-    earlier = _earlier_storage(folder) if (folder / "config.yaml").exists() else storage
+    earlier = earlier_storage(folder) if (folder / "config.yaml").exists() else storage
     if earlier != storage and newest(checkpoints_of(folder, earlier)) is not None:
         here, there = (place or "the run's own folder" for place in (storage, earlier))
         raise UserError(
@@ -135,10 +139,13 @@ def _refuse_other_place(config: RunConfig, folder: Path) -> None:
         )
 
 
-def _earlier_storage(folder: Path) -> str | None:
+def earlier_storage(folder: Path) -> str | None:
     """The checkpoints.storage that the run in this folder was last started with, if it was."""
     before = folder / "config.yaml"
-    return yaml.safe_load(before.read_text())["checkpoints"]["storage"] if before.exists() else None
+    if not before.exists():
+        return None
+    storage: str | None = yaml.safe_load(before.read_text())["checkpoints"]["storage"]
+    return storage
 
 
 def finished(config: RunConfig, folder: Path) -> dict[str, Any] | None:

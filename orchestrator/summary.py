@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ def write_summary(
     Step times are medians in milliseconds: before the first cut, without the first step, which warms up, and
     after the last cut. Without a cut there is nothing "after", and those values are None. Cuts that were rolled back
     do not count. `error_bounds`: of each LTI layer, the sum over all cuts, which the errors of the cuts together do
-    not exceed in the H-infinity norm. `train_seconds`: see there. `probe_share`: the time of all probes,
+    not exceed in the H-infinity norm. `train_seconds`: see `Manifest`. `probe_share`: the time of all probes,
     each up to the agreed plan, over that of all steps; None where the steps' metrics are gone with their machine.
     """
     rows = {row["step"]: row for row in read_metrics(folder)}
@@ -60,22 +60,12 @@ def write_summary(
         "tokens_per_s_before": median("tokens_per_s", 1, first),
         "tokens_per_s_after": median("tokens_per_s", last, float("inf")),
         "probe_share": total("probe_ms") / total("step_ms") if total("step_ms") else None,
-        "train_seconds": train_seconds(rows, {cut["step"]: cut["seconds"] for cut in truncations}),
+        "train_seconds": held_out[-1]["train_seconds"],
         "mlflow_run_id": mlflow_run_id,
         "checkpoint": checkpoint,
     }
     write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
-
-
-def train_seconds(rows: Mapping[int, Mapping[str, Any]], cuts: Mapping[int, float]) -> float:
-    """Of all steps, probes and cuts, but for steps that a guard took back and what a restart lost.
-
-    `rows` are the metrics by step, `cuts` the seconds of each cut by step, which begin with its probe.
-    """
-    steps = math.fsum(row.get("step_ms", 0.0) for row in rows.values())
-    probes = math.fsum(row.get("probe_ms", 0.0) for step, row in rows.items() if step not in cuts)
-    return (steps + probes) / 1000 + math.fsum(cuts.values())
 
 
 def describe_summary(summary: dict[str, Any]) -> list[str]:

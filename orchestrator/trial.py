@@ -107,7 +107,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
             tags = {"trial": base.name}
             if sweep.shared:
                 trunk = Lent(self._crew, self._stop, Nesting(sweep.parent_run_id, {"trial": "trunk"}))
-                tags["trunk_step"] = str(branch(config, trunk_of(config), trunk))
+                tags["trunk_step"] = str(branch(config, trunk_of(config), config.probe_steps[0] - 1, trunk))
             summary = launch.train(config, Lent(self._crew, self._stop, Nesting(sweep.parent_run_id, tags), progress))
             _conclude(folder, "finished")
             self._results.put(final(summary) | {"step": summary["steps"], "done": True})

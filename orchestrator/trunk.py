@@ -16,7 +16,7 @@ from typing import IO
 
 from orchestrator import checkpoint, launch
 from orchestrator.checkpoint import MANIFEST
-from orchestrator.config import CheckpointsConfig, RunConfig
+from orchestrator.config import RunConfig
 from orchestrator.errors import Interrupted
 from orchestrator.filesystem import Folder
 from orchestrator.launch import Lent
@@ -31,18 +31,18 @@ SPACING = 0.01
 _POLL_S = 0.1
 
 
-def trunk_of(trial: RunConfig, name: str = NAME, every: int | None = None) -> RunConfig:
-    """The same run without truncation, which keeps a checkpoint `every` so many steps: many, where that is not said."""
-    every = every or max(1, int(SPACING * trial.train.steps))
-    storage = trial.checkpoints.storage
-    return trial.model_copy(
-        update={
-            "name": name,
-            "truncation": None,
-            "train": trial.train.model_copy(update={"checkpoint_every": every}),
-            "checkpoints": CheckpointsConfig(storage=storage, keep_last=trial.train.steps, keep_best=0),
-        }
-    )
+def untruncated(config: RunConfig, name: str) -> RunConfig:
+    """The same run without truncation, under another name."""
+    return config.model_copy(update={"name": name, "truncation": None})
+
+
+def trunk_of(trial: RunConfig) -> RunConfig:
+    """The full-size run of a trial, which keeps so many checkpoints that a first cut anywhere is near one."""
+    trunk = untruncated(trial, NAME)
+    every = max(1, int(SPACING * trial.train.steps))
+    train = trunk.train.model_copy(update={"checkpoint_every": every})
+    checkpoints = trunk.checkpoints.model_copy(update={"keep_last": trial.train.steps, "keep_best": 0})
+    return trunk.model_copy(update={"train": train, "checkpoints": checkpoints})
 
 
 def share_a_trunk(space: Space, base: RunConfig, points: Sequence[Point]) -> bool:
@@ -51,22 +51,22 @@ def share_a_trunk(space: Space, base: RunConfig, points: Sequence[Point]) -> boo
     return all(trunk == trunks[0] for trunk in trunks)
 
 
-def branch(trial: RunConfig, trunk: RunConfig, lent: Lent) -> int:
-    """Give a trial its beginning, for which the trunk is trained as far as that needs; the step that it begins after.
+def branch(trial: RunConfig, trunk: RunConfig, before: int, lent: Lent) -> int:
+    """Give a trial its beginning: the trunk's last checkpoint up to step `before`; the step that it begins after.
 
-    A trial that has a checkpoint of its own goes on from there. Waits while another trial extends the trunk.
+    The trunk is trained as far as that needs. A trial that has a checkpoint of its own goes on from there. Waits while
+    another trial extends the trunk.
     """
     folder = trial.storage / trial.name
-    own = checkpoints_of(folder, trial.checkpoints.storage)
+    own = checkpoints_of(folder, trial.checkpoints.storage, trial.checkpoints.retry_s)
     note = folder / "branch.json"
     if checkpoint.newest(own) is not None:
         return int(json.loads(note.read_text())["step"]) if note.exists() else 0
-    before = trial.probe_steps[0] - 1
     if before < 1:
         return 0
     with _alone(trunk.storage, lent.stop):
-        launch.train(trunk, replace(lent, until=min(before, trunk.train.steps)))
-        shared = checkpoints_of(trunk.storage / trunk.name, trunk.checkpoints.storage)
+        launch.train(trunk, replace(lent, until=before))
+        shared = checkpoints_of(trunk.storage / trunk.name, trunk.checkpoints.storage, trunk.checkpoints.retry_s)
         complete = [step for step in checkpoint.steps(shared) if checkpoint.at(shared, step).has(MANIFEST)]
         step = max(step for step in complete if step <= before)
         folder.mkdir(parents=True, exist_ok=True)

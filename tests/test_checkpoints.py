@@ -65,6 +65,7 @@ def manifest(step: int, workers: int = 1, **content: Any) -> Manifest:
     plain = Manifest(
         step=step,
         optimizer_step=3,
+        train_seconds=0.0,
         state_dims=[4],
         shapes=SHAPES,
         shard_of=share(states(0), 0, workers).owners,

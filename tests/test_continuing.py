@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from compression.plan import StateSelection
 from orchestrator.config import RunConfig, Workers, parse_config
@@ -147,9 +148,15 @@ def test_a_finished_run_is_not_trained_again(finished: Finished, capfd: pytest.C
     assert {path: path.stat().st_mtime_ns for path in before} == before
     with pytest.raises(UserError, match=r"seed \(was 0, is 5\); another name= starts a new run"):
         train(config.model_copy(update={"seed": 5}))
-    (folder / "report.html").unlink()  # as where it was killed right after its summary
+    # As where the driver was killed right after the summary.
+    for name in ("report.html", "reported"):
+        (folder / name).unlink()
+    client = MlflowClient(config.tracking.mlflow_uri)
+    run_id = json.loads((folder / "summary.json").read_text())["mlflow_run_id"]
+    client.update_run(run_id, status="RUNNING")
     train(config)
     assert (folder / "report.html").exists()
+    assert client.get_run(run_id).info.status == "FINISHED"
 
 
 def test_what_cannot_continue_is_refused_by_name(finished: Finished, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_validation_rows_are_the_same_on_any_number_of_workers(
     folder = request.getfixturevalue(kind)
 
     def share(rank: int, workers: int) -> list[Batch]:
-        return list(validation_batches(folder, seq_len, 10, 5, rank, workers))
+        return list(validation_batches(folder, seq_len, 50, 10, rank, workers))
 
     def fingerprints(batches: list[Batch]) -> list[bytes]:
         """Of the rows in which something counts."""
@@ -73,6 +73,13 @@ def test_validation_rows_are_the_same_on_any_number_of_workers(
         shares = [share(rank, workers) for rank in range(workers)]
         assert len({len(batches) for batches in shares}) == 1  # all take part in every forward pass
         assert sorted(alone) == sorted(row for batches in shares for row in fingerprints(batches))
+
+
+@pytest.mark.parametrize("size", [1, 7, 16])
+def test_which_rows_are_held_out_does_not_depend_on_the_batches(text: Path, size: int) -> None:
+    whole, parts = (list(validation_batches(text, 32, 50, part, 0, 1)) for part in (50, size))
+    assert len(whole) == 1
+    assert torch.equal(torch.cat([part.inputs for part in parts]), whole[0].inputs)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])

@@ -156,7 +156,7 @@ def trained(raw: dict[str, Any]) -> tuple[list[float], dict[str, float]]:
     engine = Engine(config, arrow.describe(folder).task, config.model.state_dims, group)
     batches = TrainBatches(folder, config.seq_len, config.train.batch_size, config.seed, 0, 1)
     losses = [float(engine.step(batches.at(step), step)) for step in range(1, config.train.steps + 1)]
-    metrics = engine.evaluate(validation_batches(folder, config.seq_len, 16, 4, 0, 1))
+    metrics = engine.evaluate(validation_batches(folder, config.seq_len, 64, 16, 0, 1))
     engine.close()
     return losses, metrics
 

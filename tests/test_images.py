@@ -82,7 +82,7 @@ def test_idx_files_become_grey_values_row_by_row(
         assert features.max() <= 1
         np.testing.assert_allclose(features[:, :, 0] * 255, images.reshape(-1, 784), atol=1e-4)
         assert (stored == labels).all()
-    held_out = next(validation_batches(folder, None, 3, 1, 0, 1))
+    held_out = next(validation_batches(folder, None, 3, 3, 0, 1))
     assert sorted(held_out.targets.tolist()) == sorted(written["t10k"][1].tolist())
     assert TrainBatches(folder, None, 5, 0, 0, 1).at(1).inputs.shape == (5, 784, 1)
 

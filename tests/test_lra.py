@@ -137,7 +137,7 @@ def test_batches_of_pairs_are_as_long_as_the_longest(tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_every_held_out_pair_is_asked_once(workers: int, tmp_path: Path) -> None:
     folder = prepare(Aan(source="aan", path=aan(tmp_path / "tsv_data")), tmp_path / "data")
-    shares: list[list[Batch]] = [list(validation_batches(folder, None, 10, 1, r, workers)) for r in range(workers)]
+    shares: list[list[Batch]] = [list(validation_batches(folder, None, 10, 10, r, workers)) for r in range(workers)]
     assert {len(share) for share in shares} == {1}
     asked = [target for share in shares for batch in share for target in batch.targets.tolist() if target >= 0]
     assert sorted(asked) == [0, 1]

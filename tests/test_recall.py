@@ -121,7 +121,7 @@ def test_a_dataset_gives_back_what_was_generated(tmp_path: Path) -> None:
     folder = prepare(recall(), tmp_path)
     assert arrow.describe(folder).task == RecallTask(40)
     tokens, targets = recall().generate("val")
-    batches = list(validation_batches(folder, 24, 6, 99, 0, 1))
+    batches = list(validation_batches(folder, 24, 594, 6, 0, 1))
     assert torch.equal(torch.cat([batch.inputs for batch in batches]), torch.from_numpy(tokens.astype(np.int64)))
     assert torch.equal(torch.cat([batch.targets for batch in batches]), torch.from_numpy(targets.astype(np.int64)))
     assert TrainBatches(folder, 24, 6, 0, 0, 1).tokens_per_step == 6 * 24
@@ -139,7 +139,7 @@ def test_a_damaged_dataset_is_refused(tmp_path: Path) -> None:
     content = (folder / "val.arrow").read_bytes()
     (folder / "val.arrow").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=r"val\.arrow is missing or damaged"):
-        next(validation_batches(folder, 24, 6, 1, 0, 1))
+        next(validation_batches(folder, 24, 6, 6, 0, 1))
     (folder / arrow.DESCRIPTION).unlink()
     with pytest.raises(UserError, match=r"dataset\.json is missing or unreadable"):
         TrainBatches(folder, 24, 6, 0, 0, 1)
@@ -230,7 +230,7 @@ def test_a_run_reports_accuracy_and_generates_no_text(tmp_path: Path, local_ray:
     model = load_model(folder)
     assert type(model) is TokenModel
     right = asked = 0
-    for batch in validation_batches(prepare(config.data, config.data_root), config.seq_len, 4, 2, 0, 1):
+    for batch in validation_batches(prepare(config.data, config.data_root), config.seq_len, 8, 4, 0, 1):
         right += int((model(batch.inputs).argmax(-1) == batch.targets).sum())
         asked += int((batch.targets != NOT_ASKED).sum())
     assert asked == 4 * 2 * 4

@@ -113,6 +113,7 @@ def test_a_broken_space_is_refused_in_one_sentence(
         ({"space": "tming"}, "space 'tming' must be one of after, .*timing, .*or the path"),
         ({"samples": 0}, "--samples 0 must be 1 or more"),
         ({"samples": None}, "--samples None must be 1 or more"),
+        ({"concurrent": 0}, "--concurrent 0 must be 1 or more"),
         ({"search": "grid"}, "--samples is for random and tpe"),
         ({"objectives": ("loss",)}, "--objective loss must be one of val_loss"),
         ({"objectives": ("val_accuracy",)}, "val_accuracy is never logged for text"),

@@ -186,15 +186,15 @@ class TrainBatches:
 
 
 def validation_batches(
-    folder: Path, seq_len: int | None, batch_size: int, n_batches: int, rank: int, world_size: int
+    folder: Path, seq_len: int | None, n_rows: int, batch_size: int, rank: int, world_size: int
 ) -> Iterator[Batch]:
-    """This worker's rows of at most `n_batches` batches, spread evenly over the held-out split.
+    """This worker's share of at most `n_rows` rows, spread evenly over the held-out split, in batches.
 
     Every worker gets as many batches: ZeRO-3 needs all of them for a forward pass. Where there are fewer rows than
     workers, those without get a row of which nothing counts.
     """
     data = _open(folder, "val", seq_len)
-    count = min(data.length, n_batches * batch_size)
+    count = min(data.length, n_rows)
     rows = np.linspace(0, data.length, count, endpoint=False).astype(np.int64)
     for first in range(0, count, batch_size):
         whole = rows[first : first + batch_size]
