@@ -419,7 +419,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raw = yaml.safe_load(path.read_text())
     except OSError as error:
         raise UserError(f"config {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, or bytes that are no text
         raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise UserError(f"config {path} must hold settings as `key: value`, for example `name: quickstart`")
@@ -507,7 +507,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
             raise UserError(f"override {override!r}: {parent} is a value, not a group of settings")
     try:
         raw[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"override {override!r}: {text!r} is not a YAML value") from error
 
 
@@ -545,7 +545,8 @@ def _sentence(error: ValidationError) -> str:
 
 def _is_tag(location: Sequence[Any], index: int) -> bool:
     """pydantic puts the chosen variant of a union into the location, where no setting of that name is."""
-    return (index == 1 and location[0] in ("model", "data")) or location[index - 1] == "d_state"
+    before = location[index - 1] if index > 0 else None
+    return (index == 1 and before in ("model", "data")) or before in ("d_state", "dim")
 
 
 def _valid_keys(location: Sequence[Any]) -> list[str]:

@@ -34,7 +34,7 @@ def test_shipped_configs_are_valid_and_survive_their_own_yaml(path: Path) -> Non
         ("data={}", ["data.source is required"]),
         ("truncation.target.tolerance=1.5", ["truncation.target.tolerance", "1.5", "less than 1"]),
         ("truncation.target.tolerance=0", ["truncation.target.tolerance", "0", "greater than 0"]),
-        ("truncation.target.dim=0", ["truncation.target.dim", "0", "greater than or equal to 1"]),
+        ("truncation.target.dim=0", ["truncation.target.dim is 0", "greater than or equal to 1"]),
         ("model.d_state=0", ["model.d_state is 0", "greater than or equal to 1"]),
         ("model.d_state=[16, 16, 16]", ["d_state [16, 16, 16]", "n_layers 2"]),
         ("model.d_state=[16, 0]", ["model.d_state", "0"]),
@@ -62,6 +62,7 @@ def test_shipped_configs_are_valid_and_survive_their_own_yaml(path: Path) -> Non
         ("truncation.target={dim: [4, 8], allocation: global}", ["truncation.target: dim (4, 8)", "allocation global"]),
         ("truncation.target={dim: 4, ladder: [8, 16]}", ["truncation.target", "dim 4", "ladder [8, 16]"]),
         ("truncation.target={dim: 8, ladder: [8, 8]}", ["truncation.target", "ladder [8, 8] must increase"]),
+        ("name=2024-13-45", ["name=2024-13-45", "is not a YAML value"]),
         ("truncation.target.dim=17", ["truncation.target.dim 17", "between 1 and model.d_state 16"]),
         ("truncation.score=biggest", ["truncation.score", "'biggest'", "'greedy'"]),
         ("truncation.moments=forget", ["truncation.moments", "'forget'", "'transport', 'slice' or 'reset'"]),
@@ -167,7 +168,7 @@ def test_an_override_reaches_into_a_part_that_is_null(small_run: dict[str, Any],
     assert truncation.target.dim == 3
 
 
-@pytest.mark.parametrize("content", ["", "just words", "a: [1", "\x00"])
+@pytest.mark.parametrize("content", ["", "just words", "a: [1", "\x00", "name: 2024-13-45"])
 def test_a_file_that_is_no_config_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "broken.yaml"
     path.write_text(content)
