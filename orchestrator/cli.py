@@ -94,6 +94,7 @@ def train(config: Path, overrides: tuple[str, ...]) -> None:
 @click.option("--pruning", type=click.Choice(["none", "asha", "median"]), default="none", show_default=True)
 @click.option("--share/--no-share", default=True, help="Train once what trials have in common up to their first cuts.")
 @click.option("--baselines/--no-baselines", default=True, help="Train full size and the best size from scratch too.")
+@click.option("--concurrent", type=int, metavar="N", help="Trials at a time, where the cluster grows to hold them.")
 @_told_plainly
 def tune(
     config: Path,
@@ -105,6 +106,7 @@ def tune(
     pruning: Literal["none", "asha", "median"],
     share: bool,
     baselines: bool,
+    concurrent: int | None,
 ) -> None:
     """Search a space of compression schedules for CONFIG: when to cut, and how far.
 
@@ -121,7 +123,7 @@ def tune(
     from orchestrator.config import load_config
     from orchestrator.sweep import Request, tune_schedules
 
-    request = Request(space, samples, objectives, search, pruning, share, baselines)
+    request = Request(space, samples, objectives, search, pruning, share, baselines, concurrent)
     tune_schedules(load_config(config, overrides), request)
 
 

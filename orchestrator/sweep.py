@@ -59,6 +59,8 @@ class Request:
     pruning: Pruning
     share: bool
     baselines: bool
+    concurrent: int | None = None
+    """Trials at a time; as many as the cluster has room for where it is None."""
 
 
 def tune_schedules(config: RunConfig, request: Request) -> dict[str, Any]:
@@ -90,7 +92,8 @@ def tune_schedules(config: RunConfig, request: Request) -> dict[str, Any]:
         total = len(points) if request.search != "tpe" else request.samples
         assert total is not None
         terminal.line(
-            f"sweep {folder.name}: {total} trials, {_slots(config)} at a time; {', '.join(request.objectives)}"
+            f"sweep {folder.name}: {total} trials, {_at_a_time(config, request)} at a time; "
+            f"{', '.join(request.objectives)}"
         )
         _run(sweep, request, points, total, terminal)
         found = outcomes(folder)
@@ -138,6 +141,8 @@ def check(config: RunConfig, request: Request) -> tuple[Space, list[Point]]:
         raise UserError("--samples is for random and tpe: a grid has as many trials as it has points")
     if request.search != "grid" and (request.samples is None or request.samples < 1):
         raise UserError(f"--samples {request.samples} must be 1 or more")
+    if request.concurrent is not None and request.concurrent < 1:
+        raise UserError(f"--concurrent {request.concurrent} must be 1 or more")
     space.check(config)
     if request.search == "grid":
         return space, space.grid()
@@ -150,8 +155,10 @@ def check(config: RunConfig, request: Request) -> tuple[Space, list[Point]]:
     return space, points
 
 
-def _slots(config: RunConfig) -> int:
-    """Trials that fit into the cluster at a time; Ray Tune does not count their workers."""
+def _at_a_time(config: RunConfig, request: Request) -> int:
+    """As many trials as there is room for, where nothing was asked for; Ray Tune does not count their workers."""
+    if request.concurrent is not None:
+        return request.concurrent
     has = ray.cluster_resources()
     # An elastic trial takes as many workers as it may have, and keeps them for the next one.
     per_trial = {"CPU": config.cluster.workers.max * config.cluster.cpus_per_worker}
@@ -186,7 +193,7 @@ def _run(sweep: Sweep, request: Request, points: Sequence[Point], total: int, te
             search_alg=searcher,
             scheduler=_scheduler(sweep, request, points),
             num_samples=total,
-            max_concurrent_trials=_slots(sweep.base),
+            max_concurrent_trials=_at_a_time(sweep.base, request),
             reuse_actors=True,
         )
         # A run keeps its own checkpoints.
