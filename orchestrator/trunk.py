@@ -96,6 +96,7 @@ def _alone(sweep: Path, stop: StopRequest) -> Iterator[None]:
     Raises:
         Interrupted: a signal came while another one did.
     """
+    sweep.mkdir(parents=True, exist_ok=True)
     with (sweep / "trunk.lock").open("a") as lock:
         while not _taken(lock):
             if stop.signal is not None:
