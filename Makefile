@@ -17,7 +17,7 @@ compare: .venv/ready
 		--methods full,scratch,hankel,random,smallest,magnitude,distill,hsv_regularized
 
 test: .venv/ready
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 fast: .venv/ready
 	$(BIN)/pytest -m "not cluster and not long"

@@ -14,6 +14,8 @@ import pytest
 # As the command does: torch and DeepSpeed look for ninja, which pip put beside the interpreter.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray's workers would give way to whatever else computes here, and starve beside the tests of another file.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import ray
 import torch
@@ -76,7 +78,7 @@ def tracked_run(small_run: dict[str, Any], empty_store: Path) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """One Ray for the tests that start several trainings in this process, with room for `train`'s waiting workers."""
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     end_crews()
     ray.shutdown()

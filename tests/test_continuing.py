@@ -231,7 +231,7 @@ def _trained(folder: Path, step: int) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_a_signal_ends_the_run_with_a_checkpoint(number: signal.Signals, small_run: dict[str, Any]) -> None:
     """SIGINT to the whole session, as a terminal does, or SIGTERM; the same command continues from there."""
-    small_run["train"] |= {"steps": 600, "checkpoint_every": 1000, "eval_every": 1000}
+    small_run["train"] |= {"steps": 300, "checkpoint_every": 1000, "eval_every": 1000}
     folder = Path(small_run["storage"]) / "small"
     driver = start(small_run)
     wait_while_running(driver, functools.partial(_trained, folder, 8), "some steps")
@@ -240,14 +240,14 @@ def test_a_signal_ends_the_run_with_a_checkpoint(number: signal.Signals, small_r
     assert driver.returncode == 128 + number
     assert not (folder / "summary.json").exists()
     stopped = max(losses(folder))
-    assert f"stopped after step {stopped} of 600; the same command continues" in said
-    assert stopped < 600
+    assert f"stopped after step {stopped} of 300; the same command continues" in said
+    assert stopped < 300
     assert saved(folder, stopped)
     again = start(small_run)
     shown, said = again.communicate(timeout=HANGS_S)
     assert again.returncode == 0, said
     assert f"continued after step {stopped}" in shown
-    assert list(losses(folder)) == list(range(1, 601))
+    assert list(losses(folder)) == list(range(1, 301))
     assert json.loads((folder / "summary.json").read_text())["final_dims"] == [4, 4]
 
 
