@@ -289,6 +289,11 @@ def data_prepare(name: str, settings: tuple[str, ...], data_root: Path) -> None:
       rayduce data prepare cifar10 path=cifar-10-python.tar.gz
     """
     from orchestrator.config import parse_data
+    from orchestrator.data.source import absolute
     from orchestrator.data.sources import prepare
 
-    print(prepare(parse_data(name, settings), data_root.expanduser().resolve()))
+    try:
+        root = absolute(data_root)
+    except ValueError as error:
+        raise UserError(f"--data-root: {error}") from error
+    print(prepare(parse_data(name, settings), root))

@@ -191,6 +191,9 @@ def test_a_dataset_is_prepared_by_command(tmp_path: Path) -> None:
     done = CliRunner().invoke(main, [*arguments, *settings])
     assert done.exit_code == 0
     assert arrow.read(Path(done.output.strip()), "train").num_rows == 30
+    nobodys = CliRunner().invoke(main, ["data", "prepare", "stdlib", "--data-root", "~nobody-by-this-name/x"])
+    assert (nobodys.exit_code, nobodys.stderr.count("\n")) == (2, 1)
+    assert "--data-root: ~nobody-by-this-name/x names the home of an unknown user" in nobodys.stderr
     refused = CliRunner().invoke(main, [*arguments, "max_depth=1"])
     assert refused.exit_code == 2
     assert refused.stderr.startswith("rayduce: data.max_depth is 1: ")
