@@ -144,7 +144,7 @@ class LRU(TruncatableLayer):
         C_re, C_im = C_moments.with_values(C_HR.real, side_R * C_HR.imag)
 
         gamma_log = _shrink_gamma(states, B_re, B_im, gamma_new_R.log(), ancestors_R)
-        nu_log, theta_log = _shrink_eigenvalues(states["nu_log"], states["theta_log"], cut, new_R)
+        nu_log, theta_log = _shrink_eigenvalues(states["nu_log"], states["theta_log"], cut, new_R, side_N, ancestors_R)
         return dict(states) | {
             "nu_log": nu_log,
             "theta_log": theta_log,
@@ -192,7 +192,12 @@ def _shrink_gamma(
 
 
 def _shrink_eigenvalues(
-    nu_log: ParameterState, theta_log: ParameterState, cut: StateTransform, new_R: Tensor
+    nu_log: ParameterState,
+    theta_log: ParameterState,
+    cut: StateTransform,
+    new_R: Tensor,
+    side_N: Tensor,
+    ancestors_R: Tensor,
 ) -> tuple[ParameterState, ParameterState]:
     """New eigenvalues, and moments from first-order perturbation theory.
 
@@ -201,7 +206,6 @@ def _shrink_eigenvalues(
     pseudo-inverse, conjugate transposed.
     """
     old_nu_N, old_theta_N = nu_log.value.double().exp(), theta_log.value.double().exp()
-    ancestors_R, side_N = cut.ancestors_R.to(old_nu_N.device), _side(theta_log.value)
     side_R = side_N[ancestors_R]
     old_N = torch.exp(torch.complex(-old_nu_N, side_N * old_theta_N))
     sensitivity_RN = cut.left_RN.to(old_N.device) * cut.right_NR.to(old_N.device).T * old_N / new_R[:, None]

@@ -69,7 +69,7 @@ class MlflowTracker:
         self._memory = memory
         self._warn = warn
         self._tags = dict(nesting.tags) if nesting else {}
-        if nesting is not None and nesting.parent_run_id is not None:
+        if nesting and nesting.parent_run_id:
             self._tags["mlflow.parentRunId"] = nesting.parent_run_id
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._metrics: list[tuple[str, float, int, int]] = []
