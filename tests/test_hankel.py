@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compression.gramians import LTISystem, SelectiveMoments, lti_gramians, selective_gramians
-from compression.hankel import lti_balancing
+from compression.hankel import Balancing, lti_balancing
 from models.mamba import Mamba, MambaConfig
 from tests.plans import hankel_of
 from tests.systems import padded_system, random_system
@@ -63,6 +63,20 @@ def test_factors_multiply_to_the_gramians(name: str) -> None:
         assert float(error_NN.norm()) <= 1e-13 * float(gramian_NN.norm())
     assert bool((factors.sigma_N.diff() <= 0).all())
     assert bool((factors.sigma_N >= 0).all())
+
+
+@pytest.mark.parametrize("decades", [0, 1, 2.5, 7])
+def test_the_decomposition_is_one_at_any_decay_of_the_hsvs(decades: float) -> None:
+    generator = torch.Generator().manual_seed(10)
+    basis_NN = torch.linalg.qr(torch.randn(30, 30, dtype=torch.complex128, generator=generator)).Q
+    expected_N = torch.logspace(0, -decades, 30, dtype=torch.float64)
+    factors = Balancing.of(torch.eye(30, dtype=torch.complex128), basis_NN * expected_N.square() @ basis_NN.mH)
+    product_NN = factors.L_Q_NN.mH @ factors.L_P_NN
+    assert float((factors.U_NN * factors.sigma_N @ factors.Vh_NN - product_NN).norm()) <= 1e-14
+    for unitary_NN in (factors.U_NN, factors.Vh_NN):
+        assert float((unitary_NN @ unitary_NN.mH - torch.eye(30)).norm()) <= 1e-11
+    # Forming a Gramian has rounded the squares.
+    torch.testing.assert_close(factors.sigma_N.square(), expected_N.square(), rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-NAMES = ("selective.cpp", "conv.cpp", "linear.cpp", "spectral.cpp", "norm.cpp")
+NAMES = ("selective.cpp", "conv.cpp", "linear.cpp", "spectral.cpp", "norm.cpp", "ssd_moments.cpp")
 SOURCES = tuple(Path(__file__).with_name(name) for name in NAMES)
 HEADERS = (Path(__file__).with_name("lanes.h"),)
 # The library is used without its own OpenMP: symbols come from the runtime that torch has loaded, because two

@@ -1,6 +1,6 @@
 """Mamba-2's scan: the one function that a layer calls, whatever computes it.
 
-Shapes: B batch, L time, H heads, P head width, G groups, N state, D all channels (H x P).
+Shapes: B batch, L time, H heads, P head width, G groups, N state, D all channels (H x P), K steps of SAMPLE_EVERY.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from torch import Tensor
 from compression.gramians import SAMPLE_EVERY, SelectiveMoments
 from models.scan import reference
 from models.scan.backends import choose
-from models.scan.ssd_torch import CHUNK, chunked_scan, state_dtype
+from models.scan.extension import kernels, rows
+from models.scan.ssd_torch import chunked_scan, state_dtype
 
 
 def ssd_scan(
@@ -53,23 +54,34 @@ def _add_moments(
 ) -> None:
     """The recurrence step by step, in float32 at least, for the squares of all its states."""
     dtype = state_dtype(x_BLHP, dt_BLH)
-    B_BLN, C_BLN, width = B_BLN.to(dtype), C_BLN.to(dtype), x_BLHP.shape[3]
+    compiled = choose(x_BLHP) == "cpu" and dtype == torch.float32
+    advance = kernels().ssd_moments if compiled else _advance
+    width, (batch, _, d_state) = x_BLHP.shape[3], B_BLN.shape
     decay_BLH = (dt_BLH.to(dtype) * A_H).exp()
-    decay_BLD1 = decay_BLH.repeat_interleave(width, 2).unsqueeze(-1)
-    input_BLD1 = (x_BLHP * dt_BLH.unsqueeze(-1).to(dtype)).flatten(2).unsqueeze(-1)
-    h_BDN = B_BLN.new_zeros(B_BLN.shape[0], decay_BLD1.shape[2], B_BLN.shape[2])
-    h2_DN = torch.zeros_like(moments.h2_DN)
-    h2_BLN = torch.empty_like(B_BLN)  # sums over channels
-    for start in range(0, B_BLN.shape[1], CHUNK):
-        h2_BDN = torch.zeros_like(h_BDN)
-        for t in range(start, min(start + CHUNK, B_BLN.shape[1])):
-            h_BDN.mul_(decay_BLD1[:, t]).baddbmm_(input_BLD1[:, t], B_BLN[:, t].unsqueeze(1))
-            squares_BDN = h_BDN.square()
-            h2_BDN += squares_BDN
-            h2_BLN[:, t] = squares_BDN.sum(1)
-            if (t + 1) % SAMPLE_EVERY == 0 or t + 1 == B_BLN.shape[1]:
-                moments.add_samples(h_BDN.flatten(0, 1), len(h_BDN))
-        h2_DN += h2_BDN.sum(0)
+    decay_BLD = decay_BLH.repeat_interleave(width, 2)
+    input_BLD = (x_BLHP * dt_BLH.unsqueeze(-1).to(dtype)).flatten(2)
+    sequences = (decay_BLD, input_BLD, B_BLN.to(dtype), C_BLN.to(dtype))
+    h_BND = input_BLD.new_zeros(batch, d_state, input_BLD.shape[2])
+    h2_DN, hc2_DN = (torch.zeros_like(moments.h2_DN) for _ in range(2))
+    for steps in zip(*(torch.split(part, SAMPLE_EVERY, 1) for part in sequences), strict=True):
+        h2_BND, hc2_BND = advance(h_BND, *map(rows, steps))
+        h2_DN += h2_BND.sum(0).T
+        hc2_DN += hc2_BND.sum(0).T
+        moments.add_samples(h_BND.mT.flatten(0, 1), batch)
     a2_DN = decay_BLH.double().square().sum((0, 1)).repeat_interleave(width).unsqueeze(-1)
-    hc2_1N = (h2_BLN.double() * C_BLN.square()).sum((0, 1)).unsqueeze(0)
-    moments.add(h2_DN, a2_DN, hc2_1N)
+    moments.add(h2_DN, a2_DN, hc2_DN)
+
+
+def _advance(
+    h_BND: Tensor, decay_BKD: Tensor, input_BKD: Tensor, B_BKN: Tensor, C_BKN: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As ssd_moments.cpp: states before K steps become those after them; their squares, and these times C^2, summed."""
+    h2_BND, hc2_BND = torch.zeros_like(h_BND), torch.zeros_like(h_BND)
+    for decay_BD, input_BD, B_BN, C_BN in zip(
+        *(part.unbind(1) for part in (decay_BKD, input_BKD, B_BKN, C_BKN)), strict=True
+    ):
+        h_BND.mul_(decay_BD.unsqueeze(1)).baddbmm_(B_BN.unsqueeze(2), input_BD.unsqueeze(1))
+        square_BND = h_BND.square()
+        h2_BND += square_BND
+        hc2_BND.addcmul_(square_BND, C_BN.square().unsqueeze(2))
+    return h2_BND, hc2_BND
