@@ -7,26 +7,30 @@ have in common, as most have with full size up to the first probe, is trained on
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from orchestrator import checkpoint, launch
-from orchestrator.collection import below, parent_run, refuse_another_request, remember_request
+import torch
+
+from models.registry import Task, build_model
+from orchestrator import launch
+from orchestrator.collection import below, parent_run
 from orchestrator.comparison_report import Row, write_comparison
 from orchestrator.config import RunConfig, parse_config
 from orchestrator.crew import Crew
+from orchestrator.data.arrow import describe
 from orchestrator.data.sources import prepare
 from orchestrator.errors import TrainingError, UserError
 from orchestrator.launch import Lent
 from orchestrator.mlflow_tracker import MlflowTracker, Nesting, mlflow_command
 from orchestrator.ray_cluster import ray_cluster
 from orchestrator.signals import StopRequest, stop_request
-from orchestrator.storage import checkpoints_of, hold_folder
-from orchestrator.terminal import chatter_to, duration
+from orchestrator.storage import hold_folder
+from orchestrator.terminal import Terminal, chatter_to, duration
 from orchestrator.trunk import NAME, branch, untruncated
 
 METHODS = {
@@ -78,24 +82,20 @@ def compare(config: RunConfig, request: Request) -> list[Row]:
 
     Raises:
         UserError: a method, a number or the config is not usable; nothing has been started.
-        TrainingError: full size or truncation itself has failed, without which there is nothing to compare.
+        TrainingError: full size itself has failed, without which there is nothing to compare.
         Interrupted: a signal ended the comparison; the same command continues it.
     """
     started = time.perf_counter()
     check(config, request)
     folder = config.storage / f"{config.name}-compare"
     with hold_folder(folder), ExitStack() as stack:
-        base = below(config, folder)
-        asked = {"config": base.model_dump(mode="json"), "request": asdict(request) | {"seeds": None}}
-        refuse_another_request(folder, asked)
-        prepare(config.data, config.data_root)
+        task = describe(prepare(config.data, config.data_root)).task
         terminal = stack.enter_context(chatter_to(folder / "logs" / "ray.log"))
         stack.enter_context(ray_cluster(config))
-        remember_request(folder, asked)
         stop = stack.enter_context(stop_request())
         tracker = stack.enter_context(parent_run(config, folder, terminal.line))
         crew = stack.enter_context(Crew(config.cluster, folder / "ray_train", folder / "logs" / "ray.log"))
-        team = _Team(crew, stop, tracker)
+        team = _Team(crew, stop, tracker, task, terminal)
         sizes = len(request.tolerances) or 1
         total = request.seeds * (1 + sizes * (1 + len(_opponents(request))))
         rows: list[Row] = []
@@ -104,8 +104,10 @@ def compare(config: RunConfig, request: Request) -> list[Row]:
             own = below(config, folder / f"seed-{seed}").model_copy(update={"seed": seed})
             for row in _train_all(own, request, team):
                 rows.append(row)
+                terminal.finish()
                 terminal.line(f"{len(rows)} of {total}: seed {seed}, {row.told()}")
-        table = write_comparison(folder, rows, METHODS)
+                # After each: what there is can be looked at, however long the rest takes.
+                table = write_comparison(folder, rows, _described(config))
         if tracker is not None:
             for name in ("comparison.parquet", "comparison.md", "figures/comparison.png"):
                 tracker.artifact(folder / name)
@@ -132,6 +134,9 @@ def check(config: RunConfig, request: Request) -> None:
     for tolerance in request.tolerances:
         if not 0 < tolerance < 1:
             raise UserError(f"--tolerance {tolerance:g} must lie between 0 and 1")
+    labels = [f"{tolerance:g}" for tolerance in request.tolerances]
+    if len(set(labels)) < len(labels):
+        raise UserError(f"--tolerance {' '.join(labels)} must differ from each other")
     if not 0 < request.fine_tune <= 1:
         raise UserError(f"--fine-tune {request.fine_tune:g} must be a share of the steps, more than 0 and at most 1")
     if request.penalty <= 0:
@@ -140,10 +145,39 @@ def check(config: RunConfig, request: Request) -> None:
         raise UserError("truncation.stable and guard must be left out: methods are compared at the same cuts")
     if (config.truncation.lr_factor, config.truncation.batch_factor) != (1, 1):
         raise UserError("truncation.lr_factor and batch_factor must be 1: all methods train with the same steps")
+    if config.truncation.score in ("random", "smallest"):
+        raise UserError(f"truncation.score {config.truncation.score} must be left out: it is a method of its own")
+    if config.train.distill is not None or config.train.regularize is not None:
+        raise UserError("train.distill and regularize must be left out: they are methods of their own")
     for size, cut in _sizes(config, request):
         for method in _opponents(request):
             place = Place(method, size, config.seed)
-            _opponent(place, cut, config, config.model.state_dims, request)  # what the schema has against it
+            try:
+                _opponent(place, cut, config, config.model.state_dims, request)
+            except UserError as error:
+                raise UserError(f"--methods {method}: {error}") from error
+
+
+def _described(config: RunConfig) -> dict[str, str]:
+    """A line about each method."""
+    rule = config.truncation_rule
+    assert rule is not None
+    score = f"{rule.score}, with compensation" if rule.compensate else rule.score
+    return METHODS | {"hankel": f"{METHODS['hankel']} (score: {score})"}
+
+
+class _Progress:
+    """A tracker that tells whoever waits how far the run is that trains."""
+
+    def __init__(self, terminal: Terminal, run: str, steps: int) -> None:
+        self._terminal, self._run, self._steps = terminal, run, steps
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._terminal.progress(f"{self._run}: step {step}/{self._steps}")
+
+    def artifact(self, path: Path, folder: str = "") -> None: ...
+
+    def close(self, status: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -153,31 +187,29 @@ class _Team:
     crew: Crew
     stop: StopRequest
     tracker: MlflowTracker | None
+    task: Task
+    terminal: Terminal
 
-    def lent(self, place: Place) -> Lent:
+    def lent(self, place: Place, steps: int) -> Lent:
         tags = {"method": place.method, "size": place.size, "seed": str(place.seed)}
-        return Lent(self.crew, self.stop, Nesting(self.tracker.run_id if self.tracker else None, tags))
+        progress = _Progress(self.terminal, f"seed {place.seed}, {place.name}", steps)
+        return Lent(self.crew, self.stop, Nesting(self.tracker.run_id if self.tracker else None, tags), progress)
 
 
 def _train_all(base: RunConfig, request: Request, team: _Team) -> Iterator[Row]:
     """The rows of one seed, whose runs lie in `base.storage`."""
-    full, before = untruncated(base, "full"), base.probe_steps[0] - 1
-    whole = _train(Place("full", "", base.seed), full, full, before, team)
+    full = untruncated(base, "full")
+    whole = _train(Place("full", "", base.seed), full, full, team)
     yield whole
     for size, truncated in _sizes(base, request):
-        place = Place("hankel", size, base.seed)
-        cut = truncated.model_copy(update={"name": place.name})
-        reached = _train(place, cut, full, before, team)
+        cut = truncated.model_copy(update={"name": Place("hankel", size, base.seed).name})
+        reached = _tried(Place("hankel", size, base.seed), cut, full, team)
         yield reached
-        for method in _opponents(request):
+        for method in _opponents(request) if reached.error is None else ():
             opponent = Place(method, size, base.seed)
-            try:
-                config = _opponent(opponent, cut, full, reached.final_dims, request)
-                row = _train(opponent, config, full, before, team)
-                teaching = whole.train_seconds if method == "distill" else 0.0
-                yield replace(row, train_seconds=row.train_seconds + teaching)
-            except TrainingError as error:
-                yield Row.failed(method, size, base.seed, str(error))
+            row = _tried(opponent, _opponent(opponent, cut, full, reached.final_dims, request), full, team)
+            teaching = whole.train_seconds if method == "distill" else 0.0
+            yield replace(row, train_seconds=row.train_seconds + teaching)
 
 
 def _sizes(base: RunConfig, request: Request) -> Iterator[tuple[str, RunConfig]]:
@@ -238,24 +270,27 @@ def _own(cut: RunConfig, reached: Sequence[int]) -> dict[str, Any]:
     return {"budget": {"states": sum(reached)}, "allocation": "global"}
 
 
-def _train(place: Place, config: RunConfig, full: RunConfig, before: int, team: _Team) -> Row:
-    """Train a run, with what it has in common with others trained once; `before` is the step before the first probe."""
-    shared = untruncated(full, NAME)
+def _tried(place: Place, config: RunConfig, full: RunConfig, team: _Team) -> Row:
+    """As `_train`, or what went wrong."""
+    try:
+        return _train(place, config, full, team)
+    except TrainingError as error:
+        return Row.failed(place.method, place.size, place.seed, str(error))
+
+
+def _train(place: Place, config: RunConfig, full: RunConfig, team: _Team) -> Row:
+    """Train a run, with what it has in common with others trained once."""
     if place.method == "magnitude":
         shared, before = full, full.train.steps
     elif place.method in PENALTIES:
         shared, before = untruncated(config, f"{place.method}-full"), full.train.steps - 1
+    else:
+        shared, before = untruncated(full, NAME), full.probe_steps[0] - 1
     if place.method not in FROM_SCRATCH:
-        branch(config, shared, before, team.lent(Place(shared.name, "", place.seed)))
-    return _row(place, config, launch.train(config, team.lent(place)))
-
-
-def _row(place: Place, config: RunConfig, summary: dict[str, Any]) -> Row:
-    """What a finished run came to."""
-    folder = config.storage / config.name
-    path = checkpoint.newest(checkpoints_of(folder, config.checkpoints.storage, config.checkpoints.retry_s))
-    assert path is not None, "a finished run has saved its last step"
-    shapes = checkpoint.read_manifest(path).shapes
+        branch(config, shared, before, team.lent(Place(shared.name, "", place.seed), shared.train.steps))
+    summary = launch.train(config, team.lent(place, config.train.steps))
+    with torch.device("meta"):
+        model = build_model(config.model, team.task, summary["final_dims"])
     return Row(
         method=place.method,
         size=place.size,
@@ -265,6 +300,6 @@ def _row(place: Place, config: RunConfig, summary: dict[str, Any]) -> Row:
         val_accuracy=summary["val_accuracy_final"],
         final_dims=summary["final_dims"],
         train_seconds=summary["train_seconds"],
-        parameters=sum(math.prod(shape) for shape in shapes.values()),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
         tokens_per_s=summary["tokens_per_s_after"] or summary["tokens_per_s_before"],
     )

@@ -17,6 +17,10 @@ from orchestrator.run_folder import write_whole
 from orchestrator.terminal import count, dims
 
 MARKERS = "osD^vP*Xh"
+MEANINGS = (
+    "- time: that of steps, probes and cuts, not of evaluation, checkpoints and starts; relative to full size, by seed",
+    "- tokens/s: after the last cut, where steps follow it",
+)
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,16 @@ class Row:
     def failed(cls, method: str, size: str, seed: int, error: str) -> Row:
         return cls(method, size, seed, error, float("nan"), None, [], float("nan"), 0, None)
 
+    @property
+    def named(self) -> str:
+        return f"{self.method} {self.size}".strip()
+
     def told(self) -> str:
         """For a person who waits."""
-        what = f"{self.method} {self.size}".strip()
         if self.error is not None:
-            return f"{what}: failed: {self.error}"
+            return f"{self.named}: failed: {self.error}"
         quality = f"accuracy {self.val_accuracy:.1%}" if self.val_accuracy is not None else f"loss {self.val_loss:.4f}"
-        return f"{what}: {quality}, states {dims(self.final_dims)}, {self.train_seconds:.0f} s"
+        return f"{self.named}: {quality}, states {dims(self.final_dims)}, {self.train_seconds:.0f} s"
 
 
 def write_comparison(folder: Path, rows: Sequence[Row], methods: Mapping[str, str]) -> str:
@@ -55,15 +62,19 @@ def write_comparison(folder: Path, rows: Sequence[Row], methods: Mapping[str, st
     """
     pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows]), folder / "comparison.parquet")
     table = markdown(rows, methods)
-    words = "\n".join(f"- {method}: {about}" for method, about in methods.items() if method in {r.method for r in rows})
-    write_whole(folder / "comparison.md", f"{table}\n\n{words}\n")
+    words = [f"- {method}: {about}" for method, about in methods.items() if method in {row.method for row in rows}]
+    words += [f"- failed: {row.named}, seed {row.seed}: {row.error}" for row in rows if row.error is not None]
+    write_whole(folder / "comparison.md", "\n".join([table, "", *words, *MEANINGS, ""]))
     (folder / "figures").mkdir(exist_ok=True)
     FigureCanvasAgg(_figure(rows, methods)).print_png(folder / "figures" / "comparison.png")
     return table
 
 
 def markdown(rows: Sequence[Row], methods: Mapping[str, str]) -> str:
-    """One line a method and size: means over all seeds, with the standard deviation of the quality."""
+    """One line a method and size: means over all seeds, with the standard deviation of the quality.
+
+    Where a seed has failed there is no mean over all, and the last column says over how many it is.
+    """
     accuracy = any(row.val_accuracy is not None for row in rows)
     head = [
         "method",
@@ -76,9 +87,10 @@ def markdown(rows: Sequence[Row], methods: Mapping[str, str]) -> str:
     ]
     lines = [f"| {' | '.join(head)} | seeds |", "|---" * (len(head) + 1) + "|"]
     for method, size, found in _groups(rows, methods):
+        asked = sum((row.method, row.size) == (method, size) for row in rows)
+        seeds = str(asked) if len(found) == asked else f"{len(found)} of {asked}, else failed"
         if not found:
-            failed = next(row.error for row in rows if (row.method, row.size) == (method, size))
-            lines.append(f"| {method} | {size} | failed: {failed} |" + " |" * (len(head) - 2))
+            lines.append(f"| {method} | {size} |" + " |" * (len(head) - 2) + f" {seeds} |")
             continue
         states = " ".join(f"{statistics.mean(layer):.3g}" for layer in zip(*(r.final_dims for r in found), strict=True))
         cells = [
@@ -89,7 +101,7 @@ def markdown(rows: Sequence[Row], methods: Mapping[str, str]) -> str:
             f"{statistics.mean(_ratio(row, rows) for row in found):.2f}",
             count(statistics.mean(row.parameters for row in found)),
             _speed(found),
-            str(len(found)),
+            seeds,
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

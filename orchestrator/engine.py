@@ -58,13 +58,14 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         train, share = self._config.train, torch.zeros((), device=self._group.device)
-        for part in batch.to(self._group.device).split(train.accumulation):
+        for number, part in enumerate(batch.to(self._group.device).split(train.accumulation)):
             # DeepSpeed takes the mean over parts and workers, which may have a row more or less than others.
             weight = len(part.targets) * train.accumulation * self._group.size / (train.batch_size * pace.batch)
             logits = self._engine(part.inputs)
             loss = self._objective.loss(self._model, logits, part.inputs, part.targets) * weight
-            # The mean over parts and workers of what is the same in all of them.
-            self._engine.backward(loss + self._objective.penalty(self._model))
+            # Once a step: DeepSpeed takes the mean over parts, and over workers, where it is the same.
+            penalty = train.accumulation * self._objective.penalty(self._model) if number == 0 else 0.0
+            self._engine.backward(loss + penalty)
             if self._engine.is_gradient_accumulation_boundary():
                 self.gradient_norm = optimizer_step(self._engine)
             else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, no_grad
+from torch import Tensor, autocast, bfloat16, no_grad
 
 from compression.baselines.distillation import distillation_loss
 from compression.baselines.regularization import dense_nuclear_norm, hankel_sum
@@ -24,7 +24,7 @@ class Objective:
         Raises:
             UserError: the teacher's folder has no model.
         """
-        self._distil, self._regularize = train.distill, train.regularize
+        self._distil, self._regularize, self._rounds = train.distill, train.regularize, train.precision == "bfloat16"
         self._teacher: SequenceModel | None = None
         if self._distil is not None:
             self._teacher = load_model(self._distil.teacher).to(group.device).requires_grad_(False)
@@ -38,7 +38,7 @@ class Objective:
         if self._teacher is None:
             return loss
         assert self._distil is not None
-        with no_grad():
+        with no_grad(), autocast(inputs.device.type, bfloat16, enabled=self._rounds):
             answers = self._teacher(inputs)
         asked = targets.flatten() != NOT_ASKED
         student_XK, teacher_XK = (part.flatten(0, -2)[asked] for part in (logits, answers))

@@ -54,13 +54,13 @@ def share_a_trunk(space: Space, base: RunConfig, points: Sequence[Point]) -> boo
 def branch(trial: RunConfig, trunk: RunConfig, before: int, lent: Lent) -> int:
     """Give a trial its beginning: the trunk's last checkpoint up to step `before`; the step that it begins after.
 
-    The trunk is trained as far as that needs. A trial that has a checkpoint of its own goes on from there. Waits while
-    another trial extends the trunk.
+    The trunk is trained as far as that needs. A trial that has a checkpoint of its own goes on from there, and one that
+    has ended needs none. Waits while another trial extends the trunk.
     """
     folder = trial.storage / trial.name
     own = checkpoints_of(folder, trial.checkpoints.storage, trial.checkpoints.retry_s)
     note = folder / "branch.json"
-    if checkpoint.newest(own) is not None:
+    if checkpoint.newest(own) is not None or (folder / "summary.json").exists():
         return int(json.loads(note.read_text())["step"]) if note.exists() else 0
     if before < 1:
         return 0

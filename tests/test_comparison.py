@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,35 @@ def test_every_method_ends_where_truncation_does_though_the_comparison_is_killed
         assert losses(runs / method)[10] != whole[10]
 
     # Who needs the full-size model pays for it.
-    for method in ("distill", "magnitude"):
-        assert rows[method].train_seconds > rows["full"].train_seconds
+    own = json.loads((runs / "distill" / "summary.json").read_text())["train_seconds"]
+    assert rows["distill"].train_seconds == own + rows["full"].train_seconds
+    assert rows["magnitude"].train_seconds > rows["full"].train_seconds
     _check_files(folder, rows)
     _check_mlflow(digits, folder)
 
     assert compare(config, request) == list(rows.values())
     assert stamps_of(runs) == stamps
+
+
+@pytest.mark.cluster
+def test_a_method_that_fails_is_told_and_more_can_be_asked_for(digits: dict[str, Any], local_ray: None) -> None:
+    config = parse_config(digits)
+    request = Request(("hsv_regularized",), 1, (0.2,), fine_tune=0.2, penalty=1e60)
+    rows = compare(config, request)
+    assert [(row.method, row.error is None) for row in rows] == [
+        ("full", True),
+        ("hankel", True),
+        ("hsv_regularized", False),
+    ]
+    folder = Path(digits["storage"]) / "small-compare"
+    assert f"- failed: hsv_regularized 0.2, seed 0: {rows[2].error}\n" in (folder / "comparison.md").read_text()
+    stamps = stamps_of(folder / "seed-0")
+
+    rows = compare(config, replace(request, methods=("scratch",), tolerances=(0.2, 0.6)))
+    assert [row.named for row in rows] == ["full", "hankel 0.2", "scratch 0.2", "hankel 0.6", "scratch 0.6"]
+    assert [row.final_dims for row in rows[1::2]] == [row.final_dims for row in rows[2::2]]
+    assert sum(rows[3].final_dims) < sum(rows[1].final_dims)
+    assert stamps.items() <= stamps_of(folder / "seed-0").items()
 
 
 def stamps_of(runs: Path) -> dict[Path, int]:
@@ -112,11 +135,15 @@ def test_the_table_has_means_over_all_seeds_and_times_of_each_seeds_own_full_siz
         row("full", 1, 0.7, 20.0),
         row("hankel", 1, 0.6, 5.0),
     ]
-    rows.append(Row.failed("distill", "", 0, "no teacher"))
-    full, hankel, distill = markdown(rows, METHODS).splitlines()[2:]
+    rows += [row("random", 0, 0.5, 5.0), Row.failed("random", "", 1, "NaN"), Row.failed("distill", "", 0, "no teacher")]
+    full, hankel, random, distill = markdown(rows, METHODS).splitlines()[2:]
     assert full.startswith("| full |  | 80.0 % ± 14.1 | 4 6 | 1.00 |")
     assert hankel.startswith("| hankel |  | 70.0 % ± 14.1 | 4 6 | 0.38 |")  # the mean of 5/10 and 5/20
-    assert distill.startswith("| distill |  | failed: no teacher |")
+    assert hankel.endswith("| 2 |")
+    assert random.startswith("| random |  | 50.0 % | 4 6 |")
+    assert random.endswith("| 1 of 2, else failed |")
+    assert distill.endswith("| 0 of 1, else failed |")
+    assert {line.count("|") for line in (full, hankel, random, distill)} == {9}
 
 
 @pytest.mark.parametrize(
@@ -125,6 +152,7 @@ def test_the_table_has_means_over_all_seeds_and_times_of_each_seeds_own_full_siz
         ({"methods": ("full", "pruning")}, "--methods pruning must be one of full, hankel, scratch"),
         ({"seeds": 0}, "--seeds 0 must be 1 or more"),
         ({"tolerances": (0.1, 1.5)}, "--tolerance 1.5 must lie between 0 and 1"),
+        ({"tolerances": (0.1, 0.2, 0.1)}, r"--tolerance 0\.1 0\.2 0\.1 must differ"),
         ({"fine_tune": 0.0}, "--fine-tune 0 must be a share"),
         ({"penalty": -1.0}, "--penalty -1 must be more than 0"),
     ],
@@ -140,8 +168,24 @@ def test_what_a_method_cannot_train_is_refused_before_the_first(tracked_run: dic
     request = Request(("magnitude",), 1, (), 0.1, 1e-5)
     check(parse_config(tracked_run), request)
     tracked_run["model"]["basis"] = "rotated"
-    with pytest.raises(UserError, match="magnitude"):
+    with pytest.raises(UserError, match=r"^--methods magnitude: "):
         check(parse_config(tracked_run), request)
+
+
+@pytest.mark.parametrize(
+    ("part", "own", "words"),
+    [
+        ("truncation", {"score": "random"}, r"truncation\.score random must be left out"),
+        ("train", {"regularize": {"weight": 1e-5}}, r"train\.distill and regularize must be left out"),
+        ("train", {"distill": {"teacher": "/teacher"}}, r"train\.distill and regularize must be left out"),
+    ],
+)
+def test_what_is_a_method_of_its_own_is_refused(
+    digits: dict[str, Any], part: str, own: dict[str, Any], words: str
+) -> None:
+    digits[part] |= own
+    with pytest.raises(UserError, match=words):
+        check(parse_config(digits), Request(("full",), 1, (), 0.1, 1e-5))
 
 
 @pytest.mark.parametrize("factor", [{"lr_factor": 0.5}, {"batch_factor": 2}])
@@ -153,5 +197,5 @@ def test_all_methods_have_the_same_steps(digits: dict[str, Any], factor: dict[st
 
 def test_a_penalty_needs_linear_layers(small_run: dict[str, Any]) -> None:
     request = Request(("hsv_regularized",), 1, (), 0.1, 1e-5)
-    with pytest.raises(UserError, match=r"train\.regularize needs the linear layers of model\.kind lru, not mamba"):
+    with pytest.raises(UserError, match=r"^--methods hsv_regularized: train\.regularize needs the linear layers"):
         check(parse_config(small_run), request)

@@ -24,6 +24,7 @@ from models.registry import ClassificationTask, build_model
 from orchestrator.config import RunConfig, parse_config
 from orchestrator.data.batches import Batch
 from orchestrator.group import Group
+from orchestrator.objective import Objective
 from tests.conftest import Pair
 from tests.errors import relative_error
 from tests.plans import cut_of
@@ -117,6 +118,7 @@ def reference(config: RunConfig, plans: list[str]) -> tuple[list[float], Moments
     model = build_model(config.model, TASK, config.model.state_dims)
     states: dict[str, ParameterState] = {}
     losses = []
+    objective = Objective(config.train, Group(0, 1, torch.device("cpu")))
     for step in range(1, STEPS + 1):
         space = {f"backbone.layers.{i}.mixer.{name}" for i, m in enumerate(model.mixers()) for name in m.ssm_parameters}
         optimizer = torch.optim.AdamW(
@@ -139,7 +141,7 @@ def reference(config: RunConfig, plans: list[str]) -> tuple[list[float], Moments
             }
         batch = batch_at(step)
         loss = model.loss(model(batch.inputs), batch.targets)
-        loss.backward()  # type: ignore[no-untyped-call]
+        (loss + objective.penalty(model)).backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip)
         optimizer.step()
         losses += [loss.item(), norm.item()]
@@ -164,11 +166,13 @@ def case(name: str, model: str, stage: int, train: dict[str, Any] | None = None,
 
 
 PARTS = {"accumulation": 2, "activation_checkpointing": True}
+PENALTY = {"accumulation": 2, "regularize": {"weight": 1e-3}}
 CASES = [
     *(case("plain", "mamba", stage) for stage in (0, 1, 2, 3)),
     *(case("offload", "mamba", stage, offload=True) for stage in (1, 2, 3)),
     *(case("accumulating and recomputing", "mamba", stage, PARTS) for stage in (0, 1, 2, 3)),
     *(case(model, model, 3) for model in MODELS if model != "mamba"),
+    case("penalised", "lru", 2, PENALTY),
 ]
 
 

@@ -55,7 +55,8 @@ class Strike:
 class Outcome:
     """How a disturbed run has ended, and how long it took from each strike until another group of workers began.
 
-    `first` is what the first group took, from the command on.
+    `first` is what the first group took, from the command on. `output` is that of all drivers, `code` and `errors` are
+    the last one's.
     """
 
     code: int
@@ -92,7 +93,7 @@ def disturbed(raw: dict[str, Any], *strikes: Strike) -> Outcome:
     attempts = Path(raw["storage"]) / raw["name"] / "attempt"
     environment = {"RAYDUCE_HOLD": str(points.folder)}
     driver = start(raw, **environment)
-    drivers, seconds, began_at = [driver], [], time.monotonic()
+    drivers, outputs, seconds, began_at = [driver], [], [], time.monotonic()
     wait_until(lambda: attempts.exists() or driver.poll() is not None, "the first group")
     first = time.monotonic() - began_at
     for strike in strikes:
@@ -105,7 +106,7 @@ def disturbed(raw: dict[str, Any], *strikes: Strike) -> Outcome:
         if strike.victim in SURVIVED:
             points.let_go(strike.point, strike.step)
         if strike.victim == "driver":
-            driver.communicate()
+            outputs.append(driver.communicate()[0])
             driver = start(raw, **environment)  # at once, though its workers may still be dying
             drivers.append(driver)
         another = functools.partial(began, attempts, attempt, driver)
@@ -114,7 +115,7 @@ def disturbed(raw: dict[str, Any], *strikes: Strike) -> Outcome:
     output, errors = driver.communicate(timeout=HANGS_S)
     # Of a killed driver's, Ray's own agents take longest: they ask for a while where the rest has gone.
     wait_until(lambda: not any(_left(ended.pid) for ended in drivers), "all processes end")
-    return Outcome(driver.returncode, output, errors, first, seconds)
+    return Outcome(driver.returncode, "".join([*outputs, output]), errors, first, seconds)
 
 
 def began(attempts: Path, before: str, driver: subprocess.Popen[str]) -> bool:
