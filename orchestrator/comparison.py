@@ -8,10 +8,9 @@ have in common, as most have with full size up to the first probe, is trained on
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,7 +103,6 @@ def compare(config: RunConfig, request: Request) -> list[Row]:
             own = below(config, folder / f"seed-{seed}").model_copy(update={"seed": seed})
             for row in _train_all(own, request, team):
                 rows.append(row)
-                terminal.finish()
                 terminal.line(f"{len(rows)} of {total}: seed {seed}, {row.told()}")
                 # After each: what there is can be looked at, however long the rest takes.
                 table = write_comparison(folder, rows, _described(config))
@@ -166,20 +164,6 @@ def _described(config: RunConfig) -> dict[str, str]:
     return METHODS | {"hankel": f"{METHODS['hankel']} (score: {score})"}
 
 
-class _Progress:
-    """A tracker that tells whoever waits how far the run is that trains."""
-
-    def __init__(self, terminal: Terminal, run: str, steps: int) -> None:
-        self._terminal, self._run, self._steps = terminal, run, steps
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._terminal.progress(f"{self._run}: step {step}/{self._steps}")
-
-    def artifact(self, path: Path, folder: str = "") -> None: ...
-
-    def close(self, status: str) -> None: ...
-
-
 @dataclass(frozen=True)
 class _Team:
     """What all runs of a comparison are trained with."""
@@ -190,10 +174,10 @@ class _Team:
     task: Task
     terminal: Terminal
 
-    def lent(self, place: Place, steps: int) -> Lent:
+    def lent(self, place: Place) -> Lent:
         tags = {"method": place.method, "size": place.size, "seed": str(place.seed)}
-        progress = _Progress(self.terminal, f"seed {place.seed}, {place.name}", steps)
-        return Lent(self.crew, self.stop, Nesting(self.tracker.run_id if self.tracker else None, tags), progress)
+        nesting = Nesting(self.tracker.run_id if self.tracker else None, tags)
+        return Lent(self.crew, self.stop, nesting, terminal=self.terminal)
 
 
 def _train_all(base: RunConfig, request: Request, team: _Team) -> Iterator[Row]:
@@ -287,8 +271,8 @@ def _train(place: Place, config: RunConfig, full: RunConfig, team: _Team) -> Row
     else:
         shared, before = untruncated(full, NAME), full.probe_steps[0] - 1
     if place.method not in FROM_SCRATCH:
-        branch(config, shared, before, team.lent(Place(shared.name, "", place.seed), shared.train.steps))
-    summary = launch.train(config, team.lent(place, config.train.steps))
+        branch(config, shared, before, team.lent(Place(shared.name, "", place.seed)))
+    summary = launch.train(config, team.lent(place))
     with torch.device("meta"):
         model = build_model(config.model, team.task, summary["final_dims"])
     return Row(

@@ -46,6 +46,8 @@ class Lent:
     listener: Tracker | None = None
     until: int | None = None
     """The step after which training ends as if it had been interrupted."""
+    terminal: Terminal | None = None
+    """Where whoever waits is told how far the run is; the run's own log where there is none."""
 
 
 def train(config: RunConfig, lent: Lent | None = None) -> dict[str, Any]:
@@ -80,7 +82,8 @@ def train(config: RunConfig, lent: Lent | None = None) -> dict[str, Any]:
         data = prepare(config.data, config.data_root)
         _check_data(config, data, earlier)
         _check_teacher(config, data)
-        terminal = stack.enter_context(chatter_to(folder / "logs" / "ray.log"))
+        own = stack.enter_context(chatter_to(folder / "logs" / "ray.log"))
+        terminal = (lent.terminal if lent else None) or own
         if lent is None:
             stack.enter_context(ray_cluster(config))
         stop = lent.stop if lent else stack.enter_context(stop_request())

@@ -73,8 +73,17 @@ def read_metrics(folder: Path) -> list[Json]:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{folder} has no metrics.jsonl: expected the folder of a training run")
+    rows = metrics_so_far(folder)
+    if not rows:
+        raise UserError(f"{path} holds no complete row: expected one JSON object a line")
+    return rows
+
+
+def metrics_so_far(folder: Path) -> list[Json]:
+    """As `read_metrics`, of a run that may not have measured anything yet."""
+    path = folder / "metrics.jsonl"
     rows: dict[int, Json] = {}
-    lines = path.read_bytes().splitlines(keepends=True)
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
@@ -84,8 +93,6 @@ def read_metrics(folder: Path) -> list[Json]:
                 break  # the run was killed, or is at this moment, in the middle of this line
             raise UserError(f"{path}, line {number}: expected a JSON object with a `step`") from error
         rows[step] = completed(rows.get(step, {}), row)
-    if not rows:
-        raise UserError(f"{path} holds no complete row: expected one JSON object a line")
     return [rows[step] for step in sorted(rows)]
 
 

@@ -62,6 +62,8 @@ class Space:
             )
         if config.cluster != base.cluster:
             raise UserError(f"space {self.name} at {where}: cluster must be the same for all trials, who share workers")
+        if (config.name, config.storage) != (base.name, base.storage):
+            raise UserError(f"space {self.name} at {where}: name and storage are the sweep's to choose")
         return config
 
     def _settings(self, point: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -92,22 +94,20 @@ class Space:
         Raises:
             UserError: as `config`.
         """
-        columns = self.ends()
-        middle = {name: values[len(values) // 2] for name, values in columns.items()}
-        for name, values in columns.items():
-            for value in values:
-                self.config(base, middle | {name: value})
-        for point in self.corners():
+        for point in self.edges():
             self.config(base, point)
 
-    def corners(self) -> list[Point]:
-        """Every combination of the knobs' ends; of a choice, the first value and the last."""
-        ends = [(values[0], values[-1]) for values in self.ends().values()]
-        return [dict(zip(self.knobs, values, strict=True)) for values in itertools.product(*ends)]
+    def edges(self) -> list[Point]:
+        """Points that stand for all: each of `ends` beside the others' middles, and the first and last in all ways."""
+        columns = self.ends()
+        middle = {name: values[len(values) // 2] for name, values in columns.items()}
+        single = [middle | {name: value} for name, values in columns.items() for value in values]
+        outer = itertools.product(*((values[0], values[-1]) for values in columns.values()))
+        return [*single, *(dict(zip(self.knobs, values, strict=True)) for values in outer)]
 
     def latest_cut(self, base: RunConfig, points: Sequence[Point]) -> int:
-        """The step by which each of these points and of the corners has made its last cut."""
-        return max(self.config(base, point).probe_steps[-1] for point in (*points, *self.corners()))
+        """The step by which each of these points and of the edges has made its last cut."""
+        return max(self.config(base, point).probe_steps[-1] for point in (*points, *self.edges()))
 
 
 def load_space(name: str) -> Space:
@@ -122,7 +122,7 @@ def load_space(name: str) -> Space:
         raise UserError(f"space {name} needs KNOBS, a dict that is not empty, and a function settings(knob, …)")
     for knob_name, knob in knobs.items():
         _check_knob(name, knob_name, knob)
-    takes = list(inspect.signature(settings).parameters)
+    takes = list(inspect.signature(settings).parameters) if inspect.isfunction(settings) else []
     if sorted(takes) != sorted(knobs):
         raise UserError(f"space {name}: settings() takes {', '.join(takes)}, but KNOBS has {', '.join(knobs)}")
     return Space(Path(name).stem, knobs, settings)
@@ -170,17 +170,34 @@ def _check_knob(space: str, name: str, knob: object) -> None:
     where = f"space {space}: knob {name}"
     match knob:
         case Choice(values=values):
-            if not values:
-                raise UserError(f"{where} has no values to choose from")
-            if not any(all(isinstance(value, kind) for value in values) for kind in (str, bool, int | float)):
+            if not isinstance(values, tuple | list) or not values:
+                raise UserError(f"{where} has no values to choose from: {values!r} must be a tuple of them")
+            if not any(all(test(value) for value in values) for test in (_is_string, _is_boolean, _is_number)):
                 raise UserError(f"{where} must choose among strings, among numbers, or among booleans, not {values!r}")
         case Float() | Integer():
+            if not _is_number(knob.low) or not _is_number(knob.high):
+                raise UserError(f"{where}: low {knob.low!r} and high {knob.high!r} must be numbers")
+            if isinstance(knob, Integer) and not (isinstance(knob.low, int) and isinstance(knob.high, int)):
+                raise UserError(f"{where}: low {knob.low!r} and high {knob.high!r} must be integers")
             if not knob.low < knob.high:
                 raise UserError(f"{where} has an empty range: low {knob.low} must be less than high {knob.high}")
             if knob.log and knob.low <= 0:
                 raise UserError(f"{where} is logarithmic: low {knob.low} must be more than 0")
         case _:
             raise UserError(f"{where} must be a Float, an Integer or a Choice of tune_spaces.knobs, not {knob!r}")
+
+
+def _is_string(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_boolean(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    """Which a boolean is to Python, but no column of a table has both."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _draw(knob: Knob, generator: np.random.Generator) -> Any:

@@ -29,17 +29,28 @@ from orchestrator.config import RunConfig, load_config, parse_config
 from orchestrator.crew import Crew
 from orchestrator.data.sources import prepare
 from orchestrator.errors import Interrupted, TrainingError, UserError
+from orchestrator.failures import in_a_line
 from orchestrator.launch import Lent
-from orchestrator.mlflow_tracker import Nesting, mlflow_command
-from orchestrator.ray_cluster import ray_cluster
+from orchestrator.mlflow_tracker import MLFLOW_RUN, Nesting, mlflow_command, mlflow_tracker
+from orchestrator.ray_cluster import HERE, cluster_address, ray_cluster
 from orchestrator.run_folder import write_whole
 from orchestrator.signals import stop_request
 from orchestrator.space import Point, Space, load_space, optuna_space
 from orchestrator.storage import hold_folder
-from orchestrator.sweep_report import COLUMNS, Outcome, best_of, best_so_far, outcomes, statuses, write_sweep_report
+from orchestrator.sweep_report import (
+    COLUMNS,
+    Outcome,
+    best_of,
+    best_so_far,
+    measured_from,
+    outcomes,
+    running,
+    statuses,
+    write_sweep_report,
+)
 from orchestrator.terminal import Terminal, chatter_to, dims, duration
-from orchestrator.trial import OBJECTIVES, OUTCOME, Sweep, Trial
-from orchestrator.trunk import share_a_trunk, trunk_of
+from orchestrator.trial import OBJECTIVES, OUTCOME, Sweep, Trial, conclude
+from orchestrator.trunk import NAME, share_a_trunk, untruncated
 
 Search = Literal["tpe", "random", "grid"]
 Pruning = Literal["none", "asha", "median"]
@@ -77,8 +88,10 @@ def tune_schedules(config: RunConfig, request: Request) -> dict[str, Any]:
     folder = config.storage / f"{config.name}-{space.name}"
     with hold_folder(folder), ExitStack() as stack:
         base = below(config, folder)
-        # Baselines may be asked for later.
-        asked = {"config": base.model_dump(mode="json"), "request": asdict(request) | {"baselines": None}}
+        # Baselines may be asked for later, and the cluster may be another; a space's file may have been edited.
+        free = {"baselines": None, "concurrent": None}
+        knobs = {name: repr(knob) for name, knob in space.knobs.items()}
+        asked = {"config": base.model_dump(mode="json"), "request": asdict(request) | free | {"knobs": knobs}}
         refuse_another_request(folder, asked)
         prepare(config.data, config.data_root)
         terminal = stack.enter_context(chatter_to(folder / "logs" / "ray.log"))
@@ -91,11 +104,12 @@ def tune_schedules(config: RunConfig, request: Request) -> dict[str, Any]:
         sweep = Sweep(base, space, shared, tracker.run_id if tracker is not None else None)
         total = len(points) if request.search != "tpe" else request.samples
         assert total is not None
-        terminal.line(
-            f"sweep {folder.name}: {total} trials, {_at_a_time(config, request)} at a time; "
-            f"{', '.join(request.objectives)}"
-        )
-        _run(sweep, request, points, total, terminal)
+        room = room_for(config)
+        if request.concurrent is not None and request.concurrent > room and cluster_address() in HERE:
+            raise UserError(f"--concurrent {request.concurrent} must be at most {room}: this machine has no more room")
+        at_a_time = request.concurrent or room
+        terminal.line(f"sweep {folder.name}: {total} trials, {at_a_time} at a time; {', '.join(request.objectives)}")
+        _conclude_rest(sweep, _run(sweep, request, points, total, at_a_time, terminal), terminal)
         found = outcomes(folder)
         if not any(outcome.status == "finished" for outcome in found):
             raise TrainingError(f"no trial of {folder} came to its end; each one's error is in its {OUTCOME}")
@@ -155,45 +169,54 @@ def check(config: RunConfig, request: Request) -> tuple[Space, list[Point]]:
     return space, points
 
 
-def _at_a_time(config: RunConfig, request: Request) -> int:
-    """As many trials as there is room for, where nothing was asked for; Ray Tune does not count their workers."""
-    if request.concurrent is not None:
-        return request.concurrent
-    has = ray.cluster_resources()
-    # An elastic trial takes as many workers as it may have, and keeps them for the next one.
-    per_trial = {"CPU": config.cluster.workers.max * config.cluster.cpus_per_worker}
+def room_for(config: RunConfig) -> int:
+    """How many trials the cluster has room for at a time, at least 1; Ray Tune does not count their workers."""
+    per_worker = {"CPU": config.cluster.cpus_per_worker}
     if config.cluster.use_gpu:
-        per_trial["GPU"] = config.cluster.workers.max
-    return max(1, min(int(has.get(kind, 0) // need) for kind, need in per_trial.items()))
+        per_worker["GPU"] = 1
+    workers = sum(
+        min(int(node["Resources"].get(kind, 0) // need) for kind, need in per_worker.items())
+        for node in ray.nodes()
+        if node["Alive"]
+    )
+    # An elastic trial takes as many workers as it may have, and keeps them for the next one.
+    return max(1, workers // config.cluster.workers.max)
 
 
-def _run(sweep: Sweep, request: Request, points: Sequence[Point], total: int, terminal: Terminal) -> None:
-    """All trials that have not ended yet, under Ray Tune.
+def _run(
+    sweep: Sweep, request: Request, points: Sequence[Point], total: int, at_a_time: int, terminal: Terminal
+) -> list[tune.experiment.Trial]:
+    """All trials that have not ended yet, under Ray Tune; those that have failed, again.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM; trials that were running have left a checkpoint.
+        Interrupted: SIGINT or SIGTERM; trials that were running go on from their last checkpoints.
     """
     folder = sweep.base.storage
     # A trial's workers reserve what they need. It takes no core itself, but Ray Tune will not have it take nothing.
     resources = tune.PlacementGroupFactory([{"CPU": 0, "memory": 1}])
     trainable = tune.with_resources(tune.with_parameters(Trial, sweep=sweep), resources)
     experiment = folder / "tune"
+    # What begins and ends between two of its saves is trained again after a kill.
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
     if tune.Tuner.can_restore(str(experiment)):
-        terminal.line("continuing the sweep: trials that have ended are not repeated")
-        tuner = tune.Tuner.restore(str(experiment), trainable=trainable)
+        terminal.line("continuing the sweep: trials that have finished or were pruned are not repeated")
+        tuner = tune.Tuner.restore(str(experiment), trainable=trainable, resume_errored=True)
+        # As it was before the first trial: Ray Tune keeps neither what its scheduler has seen nor asks for the room.
+        kept = tuner._local_tuner._tune_config
+        kept.scheduler, kept.max_concurrent_trials = _scheduler(sweep, request, points), at_a_time
     else:
         searcher = OptunaSearch(
             space=optuna_space(sweep.space),
             metric=list(request.objectives),
             mode=[OBJECTIVES[objective] for objective in request.objectives],
             points_to_evaluate=list(points) or None,
-            seed=sweep.base.seed,
+            seed=sweep.base.seed % 2**32,  # as NumPy takes them
         )
         tune_config = tune.TuneConfig(
             search_alg=searcher,
             scheduler=_scheduler(sweep, request, points),
             num_samples=total,
-            max_concurrent_trials=_at_a_time(sweep.base, request),
+            max_concurrent_trials=at_a_time,
             reuse_actors=True,
         )
         # A run keeps its own checkpoints.
@@ -201,10 +224,31 @@ def _run(sweep: Sweep, request: Request, points: Sequence[Point], total: int, te
         run_config = tune.RunConfig(name=experiment.name, storage_path=str(folder), checkpoint_config=none)
         tuner = tune.Tuner(trainable, tune_config=tune_config, run_config=run_config)
     with _sigterm_as_sigint() as terminated, _shown(folder, total, request.objectives[0], terminal):
-        trials = tuner.fit()._experiment_analysis.trials
+        trials: list[tune.experiment.Trial] = tuner.fit()._experiment_analysis.trials
     if len(trials) < total or not all(trial.is_finished() for trial in trials):
         number = signal.SIGTERM if terminated else signal.SIGINT
         raise Interrupted(f"sweep {folder.name} stopped; the same command continues it", number)
+    return trials
+
+
+def _conclude_rest(sweep: Sweep, trials: Sequence[tune.experiment.Trial], terminal: Terminal) -> None:
+    """Leave in the folders of trials whose process had no time to do so how they have ended, and tell MLflow.
+
+    Ray Tune gives one that it stops ten seconds, and one may die with its node.
+    """
+    known = {trial.trial_id: trial for trial in trials}
+    for folder, trial_id in running(sweep.base.storage):
+        trial = known.get(trial_id)
+        if trial is not None and trial.status == trial.TERMINATED:
+            conclude(folder, "pruned")
+        else:
+            error = trial.get_error() if trial is not None else None
+            conclude(folder, "failed", in_a_line(error) if error else "its process was killed")
+        if (folder / MLFLOW_RUN).exists():
+            nesting = Nesting(sweep.parent_run_id, {"trial": folder.name})
+            tracker = mlflow_tracker(load_config(folder / "config.yaml"), folder, terminal.line, nesting)
+            if tracker is not None:
+                tracker.close("KILLED" if trial is not None and trial.status == trial.TERMINATED else "FAILED")
 
 
 @contextmanager
@@ -257,6 +301,7 @@ def _shown(folder: Path, total: int, objective: str, terminal: Terminal) -> Iter
 
 
 def _scheduler(sweep: Sweep, request: Request, points: Sequence[Point]) -> TrialScheduler:
+    """What judges trials; ASHA knows those of the sweep that have been judged before it was interrupted."""
     if request.pruning == "none":
         return FIFOScheduler()
     base, metric = sweep.base, request.objectives[0]
@@ -264,7 +309,7 @@ def _scheduler(sweep: Sweep, request: Request, points: Sequence[Point]) -> Trial
     grace = max(int(GRACE * base.train.steps), sweep.space.latest_cut(base, points)) + 1
     which: dict[str, Any] = {"time_attr": "step", "metric": metric, "mode": OBJECTIVES[metric]}
     if request.pruning == "asha":
-        return ASHAScheduler(
+        asha = ASHAScheduler(
             # One rung: at the last step there is nothing left to stop.
             max_t=max(grace, base.train.steps - 1),
             grace_period=grace,
@@ -272,6 +317,10 @@ def _scheduler(sweep: Sweep, request: Request, points: Sequence[Point]) -> Trial
             stop_last_trials=False,
             **which,
         )
+        [(_, recorded)] = asha._brackets[0]._rungs
+        sign = 1 if OBJECTIVES[metric] == "max" else -1
+        recorded |= {trial: sign * value for trial, value in measured_from(base.storage, metric, grace).items()}
+        return asha
     return _MedianRule(grace_period=grace, **which)
 
 
@@ -299,7 +348,7 @@ def _baselines(sweep: Sweep, best: Outcome, terminal: Terminal) -> dict[str, dic
         Interrupted: a signal ended one of them; the sweep's same command continues it.
     """
     base = sweep.base
-    full = trunk_of(base)
+    full = untruncated(base, NAME)  # goes on where the trunk has ended
     raw = full.model_dump(mode="json")
     scratch = parse_config(raw | {"name": "scratch", "model": raw["model"] | {"d_state": best.final_dims}})
     summaries = {}
@@ -309,7 +358,7 @@ def _baselines(sweep: Sweep, best: Outcome, terminal: Terminal) -> dict[str, dic
             terminal.line(f"baseline: {what}")
             nesting = Nesting(sweep.parent_run_id, {"trial": config.name})
             try:
-                summaries[what] = launch.train(config, Lent(crew, stop, nesting))
+                summaries[what] = launch.train(config, Lent(crew, stop, nesting, terminal=terminal))
             except TrainingError as error:
                 terminal.line(f"baseline {what} is left out: {error}")
     return summaries

@@ -23,7 +23,7 @@ from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from orchestrator.errors import UserError
 from orchestrator.figures import BLUE, GREEN, GREY, VERMILION, figure_of, style
 from orchestrator.report import TEMPLATES
-from orchestrator.run_folder import Json, read_metrics, write_whole
+from orchestrator.run_folder import Json, metrics_so_far, write_whole
 from orchestrator.space import Space, optuna_space
 from orchestrator.trial import OUTCOME, POINT, final, measured
 
@@ -71,6 +71,22 @@ def statuses(folder: Path) -> list[str]:
     return [_status(trial)[0] for trial in _trials(folder)]
 
 
+def running(folder: Path) -> list[tuple[Path, str]]:
+    """Folder and Ray Tune's id of every trial that has not ended."""
+    open_ = [trial for trial in _trials(folder) if _status(trial)[0] == "running"]
+    return [(trial, json.loads((trial / POINT).read_text())["trial_id"]) for trial in open_]
+
+
+def measured_from(folder: Path, objective: str, step: int) -> dict[str, float]:
+    """Of every trial that has come so far, by Ray Tune's id, an objective as first measured at this step or later."""
+    found = {}
+    for trial in _trials(folder):
+        rows = [row for row in metrics_so_far(trial) if row["step"] >= step and objective in row]
+        if rows:
+            found[json.loads((trial / POINT).read_text())["trial_id"]] = float(rows[0][objective])
+    return found
+
+
 def outcomes(folder: Path) -> list[Outcome]:
     """All trials of a sweep, in their order."""
     return [_outcome(trial) for trial in _trials(folder)]
@@ -90,13 +106,12 @@ def best_of(found: Sequence[Outcome], objective: str, mode: str) -> Outcome:
     return min((o for o in found if o.status == "finished"), key=lambda o: sign * o.objectives[objective])
 
 
-def pareto(found: Sequence[Outcome], x: str, y: str) -> list[Outcome]:
+def pareto(rows: Sequence[Json], x: str, y: str) -> list[Json]:
     """The finished trials that no other one beats in both, by `x`; less is better."""
-    front: list[Outcome] = []
-    finished = [o for o in found if o.status == "finished"]
-    for outcome in sorted(finished, key=lambda o: (o.objectives[x], o.objectives[y])):
-        if not front or outcome.objectives[y] < front[-1].objectives[y]:
-            front.append(outcome)
+    front: list[Json] = []
+    for row in sorted((row for row in rows if row["status"] == "finished"), key=lambda row: (row[x], row[y])):
+        if not front or row[y] < front[-1][y]:
+            front.append(row)
     return front
 
 
@@ -117,21 +132,24 @@ def write_sweep_report(
     best = best_of(found, name, mode)
     trunk = max((o.trunk_step for o in found), default=0)
     trained = trunk + sum(o.last_step - o.trunk_step for o in found)
+    # One that fails would have come as far by itself.
+    naive = sum(o.last_step if o.status == "failed" else steps for o in found)
+    rows = _of_equal_columns([outcome.row() for outcome in found])
     summary: Json = {
         "name": folder.name,
         "space": space.name,
         "objectives": list(objectives),
         "best": {"trial": best.trial, "point": best.point, "final_dims": best.final_dims} | best.objectives,
-        "trials": _of_equal_columns([outcome.row() for outcome in found]),
-        "front": [outcome.trial for outcome in pareto(found, "train_seconds", "val_loss")],
+        "trials": rows,
+        "front": [row["trial"] for row in pareto(rows, "train_seconds", "val_loss")],
         "baselines": {what: final(run) | {"final_dims": run["final_dims"]} for what, run in baselines.items()},
         "importance": importance(found, name, mode, space),
         "steps_trained": trained,
-        "steps_naive": steps * len(found),
-        "share": trained / (steps * len(found)),
+        "steps_naive": naive,
+        "share": trained / naive,
     }
     write_whole(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
-    pq.write_table(pa.Table.from_pylist(summary["trials"]), folder / "trials.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), folder / "trials.parquet")
     render(folder)
     return summary
 
@@ -147,8 +165,8 @@ def render(folder: Path) -> Path:
         raise UserError(f"{folder} has no {SUMMARY}: expected the folder of a sweep that has ended")
     summary = json.loads(path.read_text())
     figures = {
-        "pareto_train_seconds": _pareto(summary, folder, "train_seconds", "seconds of training"),
-        "pareto_states": _pareto(summary, folder, "states", "states in all layers"),
+        "pareto_train_seconds": _pareto(summary, "train_seconds", "seconds of training"),
+        "pareto_states": _pareto(summary, "states", "states in all layers"),
         "knobs": _knobs(summary),
     }
     if summary["importance"]:
@@ -201,7 +219,7 @@ def _outcome(trial: Path) -> Outcome:
     point = json.loads((trial / POINT).read_text())["point"]
     branch = trial / "branch.json"
     trunk_step = int(json.loads(branch.read_text())["step"]) if branch.exists() else 0
-    rows = read_metrics(trial) if (trial / "metrics.jsonl").exists() else []
+    rows = metrics_so_far(trial)
     last_step = max((row["step"] for row in rows if "train_loss" in row), default=trunk_step)
     if status == "finished":
         summary = json.loads((trial / "summary.json").read_text())
@@ -215,17 +233,17 @@ def _outcome(trial: Path) -> Outcome:
     return Outcome(trial.name, point, status, error, objectives, None, trunk_step, last_step, [])
 
 
-def _pareto(summary: Json, folder: Path, x: str, label: str) -> Figure:
+def _pareto(summary: Json, x: str, label: str) -> Figure:
     figure = figure_of(4.6)
     axes = figure.add_subplot()
     style(axes, label, "held-out loss")
-    found = outcomes(folder)
+    rows = summary["trials"]
     for status, colour, filled in (("finished", BLUE, True), ("pruned", GREY, False)):
-        points = [o.objectives for o in found if o.status == status and {x, "val_loss"} <= o.objectives.keys()]
+        points = [row for row in rows if row["status"] == status and None not in (row[x], row["val_loss"])]
         face = colour if filled else "none"
         _scatter(axes, points, x, status, color=colour, marker="o", facecolors=face)
-    front = [o.objectives for o in pareto(found, x, "val_loss")]
-    axes.plot([o[x] for o in front], [o["val_loss"] for o in front], color=BLUE, linewidth=1, zorder=1)
+    front = pareto(rows, x, "val_loss")
+    axes.plot([row[x] for row in front], [row["val_loss"] for row in front], color=BLUE, linewidth=1, zorder=1)
     for (what, baseline), (colour, marker, _) in zip(summary["baselines"].items(), BASELINES, strict=False):
         _scatter(axes, [baseline], x, what, color=colour, marker=marker, s=70)
     axes.legend(frameon=False)

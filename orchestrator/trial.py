@@ -100,6 +100,8 @@ class Trial(tune.Trainable):  # type: ignore[misc]
     def _run(self, folder: Path, point: dict[str, Any]) -> None:
         sweep = self._sweep
         base = sweep.base.model_copy(update={"name": folder.name})
+        result: Any
+        words: str | None
         (folder / OUTCOME).unlink(missing_ok=True)
         try:
             config = sweep.space.config(base, point)
@@ -109,14 +111,16 @@ class Trial(tune.Trainable):  # type: ignore[misc]
                 trunk = Lent(self._crew, self._stop, Nesting(sweep.parent_run_id, {"trial": "trunk"}))
                 tags["trunk_step"] = str(branch(config, trunk_of(config), config.probe_steps[0] - 1, trunk))
             summary = launch.train(config, Lent(self._crew, self._stop, Nesting(sweep.parent_run_id, tags), progress))
-            _conclude(folder, "finished")
-            self._results.put(final(summary) | {"step": summary["steps"], "done": True})
+            status, words, result = "finished", None, final(summary) | {"step": summary["steps"], "done": True}
         except Interrupted as error:
-            _conclude(folder, "pruned")
-            self._results.put(error)
+            status, words, result = "pruned", None, error
         except Exception as error:  # noqa: BLE001 -- raised where Ray Tune waits for the next result
-            _conclude(folder, "failed", in_a_line(error))
-            self._results.put(error)
+            status, words, result = "failed", in_a_line(error), error
+        try:
+            conclude(folder, status, words)
+        except OSError as error:  # a full disk must not leave Ray Tune waiting
+            result = error
+        self._results.put(result)
 
 
 def _trial_folder(sweep: Sweep, trial_id: str, point: Mapping[str, Any]) -> Path:
@@ -148,7 +152,7 @@ def _trial_folder(sweep: Sweep, trial_id: str, point: Mapping[str, Any]) -> Path
         return folder
 
 
-def _conclude(folder: Path, status: str, error: str | None = None) -> None:
+def conclude(folder: Path, status: str, error: str | None = None) -> None:
     """Leave in a trial's folder how it has ended. One that was stopped with its sweep goes on with it."""
     write_whole(folder / OUTCOME, json.dumps({"status": status, "error": error}) + "\n")
 

@@ -20,7 +20,7 @@ from orchestrator.config import RunConfig
 from orchestrator.errors import Interrupted
 from orchestrator.filesystem import Folder
 from orchestrator.launch import Lent
-from orchestrator.run_folder import read_metrics, write_whole
+from orchestrator.run_folder import metrics_so_far, write_whole
 from orchestrator.signals import StopRequest
 from orchestrator.space import Point, Space
 from orchestrator.storage import checkpoints_of
@@ -46,8 +46,8 @@ def trunk_of(trial: RunConfig) -> RunConfig:
 
 
 def share_a_trunk(space: Space, base: RunConfig, points: Sequence[Point]) -> bool:
-    """Whether trials differ only from their first cut on, as far as these points and the space's ends tell."""
-    trunks = [trunk_of(space.config(base, point)) for point in (*points, *space.corners())]
+    """Whether trials differ only from their first cut on, as far as these points and the space's edges tell."""
+    trunks = [trunk_of(space.config(base, point)) for point in (*points, *space.edges())]
     return all(trunk == trunks[0] for trunk in trunks)
 
 
@@ -70,7 +70,7 @@ def branch(trial: RunConfig, trunk: RunConfig, before: int, lent: Lent) -> int:
         complete = [step for step in checkpoint.steps(shared) if checkpoint.at(shared, step).has(MANIFEST)]
         step = max(step for step in complete if step <= before)
         folder.mkdir(parents=True, exist_ok=True)
-        rows = [row for row in read_metrics(trunk.storage / trunk.name) if row["step"] <= step]
+        rows = [row for row in metrics_so_far(trunk.storage / trunk.name) if row["step"] <= step]
         write_whole(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         write_whole(note, json.dumps({"step": step}) + "\n")
         own.create()

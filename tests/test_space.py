@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,16 @@ BROKEN = [
     ("{'a': Float(0.1, 0.1, 'x')}", "a", "{}", "empty range: low 0.1 must be less than high 0.1"),
     ("{'a': Float(0, 1, 'x', log=True)}", "a", "{}", "low 0 must be more than 0"),
     ("{'a': Choice((), 'x')}", "a", "{}", "no values to choose from"),
+    ("{'a': Choice(4, 'x')}", "a", "{}", "no values to choose from: 4 must be a tuple"),
+    ("{'a': Choice((False, 2), 'x')}", "a", "{}", "among strings, among numbers"),
+    ("{'a': Float('0.1', None, 'x')}", "a", "{}", "low '0.1' and high None must be numbers"),
+    ("{'a': Integer(1.5, 3, 'x')}", "a", "{}", "low 1.5 and high 3 must be integers"),
     ("{'a': 3}", "a", "{}", "must be a Float, an Integer or a Choice"),
     ("{}", "", "{}", "KNOBS, a dict that is not empty"),
     ("{'a': Choice((1,), 'x')}", "b", "{}", r"settings\(\) takes b, but KNOBS has a"),
     ("{'a': Choice((1, 99), 'x')}", "a", "{'truncation.target': {'dim': a}}", "mine at a=99: .*model.d_state 16"),
     ("{'a': Choice((1, 2), 'x')}", "a", "{'cluster.workers': a}", "cluster must be the same"),
+    ("{'a': Choice(('b', 'c'), 'x')}", "a", "{'name': a}", "name and storage are the sweep's"),
     ("{'a': Choice(((1,), (1, 2)), 'x')}", "a", "{'truncation.steps': a}", "among strings, among numbers"),
     ("{'states': Choice((1,), 'x')}", "states", "{}", "knob states must be called otherwise"),
     ("{'a': Choice((1,), 'x')}", "a", "None", r"settings\(\) must return a dict"),
@@ -139,8 +145,32 @@ def test_trials_are_judged_when_all_have_been_cut(base: RunConfig) -> None:
     asha, median = (_scheduler(sweep, request_of("timing", pruning=name), [{"at": 0.3}]) for name in ("asha", "median"))
     assert isinstance(asha, ASHAScheduler)
     assert isinstance(median, MedianStoppingRule)
-    assert [rung for rung, _ in asha._brackets[0]._rungs] == [81]
+    assert asha._brackets[0]._rungs == [(81, {})]
     assert median._grace_period == 81
+
+
+def test_a_continued_sweep_knows_what_asha_has_judged(base: RunConfig, tmp_path: Path) -> None:
+    sweep = Sweep(base.model_copy(update={"storage": tmp_path}), load_space("timing"), shared=True, parent_run_id=None)
+    for number, rows in enumerate(([(40, 9.0), (100, 3.0), (200, 2.0)], [(40, 9.0)], [])):
+        folder = tmp_path / f"trial-{number:05d}"
+        folder.mkdir()
+        (folder / "point.json").write_text(json.dumps({"trial_id": str(number), "point": {"at": 0.3}}))
+        lines = [json.dumps({"step": step, "val_loss": loss}) + "\n" for step, loss in rows]
+        (folder / "metrics.jsonl").write_text("".join(lines))
+    asha = _scheduler(sweep, request_of("timing", pruning="asha"), [{"at": 0.3}])
+    assert isinstance(asha, ASHAScheduler)
+    assert asha._brackets[0]._rungs == [(81, {"0": -3.0})]
+
+
+def test_a_value_in_the_middle_of_a_choice_counts(base: RunConfig) -> None:
+    ends = Space(
+        "end",
+        {"end": Choice((0.1, 0.4, 0.2), "Anything.")},
+        lambda end: {"truncation.window": {"events": 1, "end": end}},
+    )
+    assert ends.latest_cut(base, []) == 80
+    rates = Space("rate", {"lr": Choice((0.01, 0.02, 0.01), "Anything.")}, lambda lr: {"train.lr": lr})
+    assert not share_a_trunk(rates, base.model_copy(update={"train": base.train.model_copy(update={"lr": 0.01})}), [])
 
 
 def test_a_sweep_needs_something_to_cut(base: RunConfig) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,15 @@ import mlflow
 import pyarrow.parquet as pq
 import pytest
 import torch
+from ray import tune
 
 from orchestrator.config import load_config, parse_config
-from orchestrator.sweep import Pruning, Request, tune_schedules
+from orchestrator.errors import UserError
+from orchestrator.space import load_space
+from orchestrator.sweep import Pruning, Request, _conclude_rest, tune_schedules
 from orchestrator.sweep_report import Outcome, _of_equal_columns, outcomes, pareto
+from orchestrator.terminal import Terminal
+from orchestrator.trial import Sweep
 from tests.runs import HANGS_S, end_crews, family, losses, saved, start, train, wait_while_running
 
 TRIALS = 3
@@ -28,10 +35,8 @@ def outcome(loss: float, seconds: float, status: str = "finished") -> Outcome:
 
 def test_the_front_is_what_no_other_trial_beats_in_both() -> None:
     points = torch.rand(40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
-    found = [outcome(*point) for point in points] + [outcome(0.0, 0.0, "pruned")]
-    front = {
-        (o.objectives["val_loss"], o.objectives["train_seconds"]) for o in pareto(found, "train_seconds", "val_loss")
-    }
+    found = [outcome(*point).row() for point in points] + [outcome(0.0, 0.0, "pruned").row()]
+    front = {(row["val_loss"], row["train_seconds"]) for row in pareto(found, "train_seconds", "val_loss")}
     beaten = {(a, b) for a, b in points if any(c <= a and d <= b and (c, d) != (a, b) for c, d in points)}
     assert front == {tuple(point) for point in points} - beaten
 
@@ -41,6 +46,36 @@ def test_what_the_first_trial_did_not_come_to_has_its_column_all_the_same() -> N
     rows = _of_equal_columns([failed.row(), outcome(1.0, 2.0).row() | {"at": 0.2}])
     assert [list(row) for row in rows] == [list(rows[1])] * 2
     assert [row["val_loss"] for row in rows] == [None, 1.0]
+
+
+def trial_folder(sweep: Path, number: int, **files: str) -> Path:
+    """As a trial leaves it: Ray Tune's id of it is its number, and `files` are what else there is, by stem."""
+    folder = sweep / f"trial-{number:05d}"
+    folder.mkdir()
+    (folder / "point.json").write_text(json.dumps({"trial_id": str(number), "start": "", "point": {"at": 0.1}}))
+    for stem, text in files.items():
+        folder.joinpath(stem + (".jsonl" if stem == "metrics" else ".json")).write_text(text)
+    return folder
+
+
+def test_a_trial_that_fails_before_it_has_measured_anything_is_in_the_table(tmp_path: Path) -> None:
+    trial_folder(tmp_path, 0, outcome=json.dumps({"status": "failed", "error": "out of memory"}), metrics="")
+    [trial] = outcomes(tmp_path)
+    assert (trial.status, trial.error, trial.last_step, trial.objectives) == ("failed", "out of memory", 0, {})
+
+
+def test_trials_whose_process_was_ended_have_an_outcome_all_the_same(tmp_path: Path, small_run: dict[str, Any]) -> None:
+    """Ray Tune ends those that it has stopped after ten seconds, and may never hear of one that is killed."""
+    known = [tune.experiment.Trial("trial", stub=True, trial_id=str(number)) for number in range(3)]
+    known[1].status, known[2].status = known[1].TERMINATED, known[2].ERROR
+    ended = trial_folder(tmp_path, 0, outcome=json.dumps({"status": "finished", "error": None}))
+    before = (ended / "outcome.json").read_text()
+    folders = [trial_folder(tmp_path, number) for number in (1, 2, 3)]
+    config = parse_config(small_run).model_copy(update={"storage": tmp_path})
+    _conclude_rest(Sweep(config, load_space("timing"), True, None), known, Terminal(sys.stderr))
+    told = [json.loads((folder / "outcome.json").read_text())["status"] for folder in folders]
+    assert told == ["pruned", "failed", "failed"]
+    assert (ended / "outcome.json").read_text() == before
 
 
 def tuned(raw: dict[str, Any], *options: str) -> Any:
@@ -166,14 +201,26 @@ def test_several_objectives_and_a_trial_that_fails(one_at_a_time: dict[str, Any]
     """The third diverges: it is recorded with its error, and the others have what they need."""
     path = tmp_path / "far.py"
     path.write_text(SPACE.format(knob="factor", values=(1.0, 0.5, 1e30), key="truncation.lr_factor"))
-    summary = tune_schedules(parse_config(one_at_a_time), request(path, "val_loss", "states"))
+    asked = request(path, "val_loss", "states")
+    with pytest.raises(UserError, match="--concurrent 5 must be at most 1"):
+        tune_schedules(parse_config(one_at_a_time), replace(asked, concurrent=5))
+    summary = tune_schedules(parse_config(one_at_a_time), asked)
     folder = Path(one_at_a_time["storage"]) / "small-far"
     found = {trial.point["factor"]: trial for trial in outcomes(folder)}
     assert [found[factor].status for factor in (1.0, 0.5, 1e30)] == ["finished", "finished", "failed"]
     assert "loss" in str(found[1e30].error)
     assert [found[factor].objectives["states"] for factor in (1.0, 0.5)] == [8, 8]
     assert summary["objectives"] == ["val_loss", "states"]
-    assert summary["front"] == [trial.trial for trial in pareto(list(found.values()), "train_seconds", "val_loss")]
+    best = min((found[1.0], found[0.5]), key=lambda trial: trial.objectives["val_loss"])
+    assert summary["front"][-1] == best.trial
+    assert found[1e30].trial not in summary["front"]
+    assert summary["steps_naive"] == 32 + found[1e30].last_step
+
+    # The same command tries once more what has failed, and nothing else.
+    stamps = [(folder / found[factor].trial / "outcome.json").stat().st_mtime_ns for factor in (1.0, 0.5, 1e30)]
+    assert tune_schedules(parse_config(one_at_a_time), asked)["trials"] == summary["trials"]
+    again = [(folder / found[factor].trial / "outcome.json").stat().st_mtime_ns for factor in (1.0, 0.5, 1e30)]
+    assert [later > earlier for later, earlier in zip(again, stamps, strict=True)] == [False, False, True]
 
 
 def _check_results(folder: Path, found: Sequence[Outcome], output: str) -> None:
@@ -187,7 +234,8 @@ def _check_results(folder: Path, found: Sequence[Outcome], output: str) -> None:
     assert all(0.05 <= row["at"] <= 0.4 for row in rows)
     # One trunk and the remainders, but for what lies between a checkpoint of the trunk and a first cut.
     bound = max(trial.first_cut or 0 for trial in found) + sum(24 - (trial.first_cut or 0) for trial in found)
-    assert summary["steps_trained"] <= bound + 2 * TRIALS
+    assert summary["steps_trained"] <= bound + TRIALS - 1
+    assert bound + TRIALS - 1 < 24 * TRIALS
     assert load_config(folder / "best.yaml").probe_steps == (best.first_cut,)
     assert set(summary["baselines"]) == {"full size", "4 x 2 layers from scratch"}
     # Both fronts and the one knob, which has no share in anything.
