@@ -1,6 +1,6 @@
 """What a cut costs a large model: `python -m benchmarks.reshape`.
 
-A Mamba-1 of 106 million parameters on two workers, at ZeRO 1 to 3: seconds from the agreed plan to the rebuilt engine,
+A Mamba-1 of 110 million parameters on two workers, at ZeRO 1 to 3: seconds from the agreed plan to the rebuilt engine,
 and what it adds to a worker's memory, beside the size of the whole state (masters and both moments).
 """
 

@@ -41,7 +41,7 @@ class Solution(ABC):
     own_N: Tensor
     """The same in the order in which states are kept: ablations do not begin with the largest."""
     order: tuple[int, ...] = ()
-    """States in the order in which they are kept; empty where states are combined instead of chosen."""
+    """States in the order in which they are kept; empty where all that is known of them is their spectrum."""
     channels: int
     """Of the layer, each with as many states as the spectrum has entries."""
 

@@ -232,7 +232,8 @@ class ClusterConfig(_Part):
     )
     offload_optimizer: bool = Field(False, description="Keep masters and Adam's moments in host memory (ZeRO 1 to 3).")
     scan: Literal["auto", "torch", "cpu", "triton", "mamba_ssm"] = Field(
-        "auto", description="What computes recurrences: torch, C++ on CPUs, Triton or mamba_ssm on GPUs."
+        "auto",
+        description="What computes recurrences: torch, C++ (CPU), Triton or mamba_ssm (GPU); for Mamba-2 it is torch.",
     )
     timeout_s: int = Field(300, ge=1, le=86400, description="How long workers wait for each other, in seconds.")
     max_failures: int = Field(3, ge=0, description="Lost workers or nodes after which training goes on by itself.")
@@ -303,8 +304,8 @@ class RunConfig(_Part):
                 )
             if probes[0] < 1 or len(set(probes)) < len(probes):
                 raise ValueError(
-                    f"truncation has {len(probes)} probes, too many for the {probes[-1]} steps they cover; "
-                    f"take fewer, end them later, or raise train.steps {self.train.steps}"
+                    f"truncation has {len(probes)} probes, of which several would come after one step, or one before "
+                    f"the first; take fewer, end them later, or raise train.steps {self.train.steps}"
                 )
         return self
 

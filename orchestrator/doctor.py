@@ -71,9 +71,12 @@ def _compiler() -> Finding:
 
 
 def _headers() -> Finding:
+    """What DeepSpeed's collectives are built with, where there is what builds them; else torch's serve."""
     header, remedy = Path(sysconfig.get_path("include"), "Python.h"), "apt install python3-dev, or the like"
-    there = header.is_file()
-    return Finding("Python headers", "ok" if there else "missing", str(header), "" if there else remedy)
+    if header.is_file():
+        return Finding("Python headers", "ok", str(header))
+    builds = shutil.which("ninja") and shutil.which((shlex.split(os.environ.get("CXX", "")) or ["c++"])[0])
+    return Finding("Python headers", "missing" if builds else "note", str(header), remedy)
 
 
 def _ninja() -> Finding:

@@ -166,6 +166,8 @@ class Engine:
     @property
     def scans(self) -> str:
         """What computes the recurrences, in words for a person."""
+        if self._config.model.kind == "mamba2":
+            return "scans as matrix products, in torch"
         return backends.describe(self._group.device)
 
     @property

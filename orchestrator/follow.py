@@ -1,4 +1,4 @@
-"""The driver's view of a run: rank 0's events become metrics, plan files, and lines on the terminal."""
+"""The driver's view of a run: rank 0's events become metrics, artifacts, and lines on the terminal."""
 
 from __future__ import annotations
 

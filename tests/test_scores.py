@@ -208,7 +208,7 @@ def test_compensation_of_nothing_is_the_identity() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_greedy_finds_the_best_single_elimination_and_nearly_the_best_pair(seed: int) -> None:
+def test_greedy_finds_the_best_single_elimination_and_the_best_after_it(seed: int) -> None:
     moments = selective_moments(d_state=7, seed=seed)
     order = rank_states(moments, "greedy", seed=0).order_N.tolist()
 

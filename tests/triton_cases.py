@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compression.gramians import SelectiveMoments
+from compression.gramians import SAMPLE_EVERY, SelectiveMoments
 from models.scan import backends, reference
 from models.scan.selective import selective_scan
 
@@ -166,7 +166,7 @@ CASES: dict[str, Callable[[str], Errors]] = {
     **{f"selective dt {dt:g}": partial(selective_case, shape=(1, 19, 3, 4), dt=dt) for dt in (1e-15, 1e-6, 30.0, 1e4)},
     **{f"selective z {z:g}": partial(gate_case, z=z) for z in (-200.0, -80.0, 80.0, 200.0)},
     "selective layouts": layout_case,
-    **{f"moments over {length}": partial(moments_case, length=length) for length in (1, 2 * SHORT_CHUNK + 5)},
+    **{f"moments over {length}": partial(moments_case, length=length) for length in (1, SAMPLE_EVERY + 5)},
     **{f"linear {shape}": partial(linear_case, shape=shape) for shape in LINEAR_SHAPES},
     **{f"linear radius {radius:g}": partial(linear_case, shape=(1, 40, 3), radius=radius) for radius in (0.0, 0.99999)},
     "linear slices": partial(linear_case, shape=(2, 9, 3), sliced=True),
