@@ -9,13 +9,13 @@ import secrets
 import shlex
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orchestrator.config import RunConfig, flatten
-from orchestrator.run_folder import write_whole
+from orchestrator.run_folder import metrics_so_far, write_whole
 
 # Keeps the id of the MLflow run, so that a resumed training continues it.
 MLFLOW_RUN = "mlflow.json"
@@ -25,6 +25,8 @@ PATIENCE_S = 60.0
 # A tag by which a run is found again whose id was not heard.
 _KEY = "rayduce.key"
 _BATCH_S = 2.0
+# Of a row of metrics.jsonl, what MLflow has places of its own for.
+_NO_METRICS = ("step", "seconds")
 # How a run of a sweep has ended, as its tag says.
 _TOLD = {"FINISHED": "finished", "KILLED": "pruned", "FAILED": "failed"}
 
@@ -56,10 +58,12 @@ class MlflowTracker:
         memory: Path,
         warn: Callable[[str], None],
         nesting: Nesting | None = None,
+        history: Sequence[Mapping[str, float]] = (),
     ) -> None:
         """`memory` is a file that keeps the MLflow run's id, so that a resumed run continues the same one.
 
-        `artifacts` is where files go when `uri` is a database.
+        `artifacts` is where files go when `uri` is a database. `history` is what a run that MLflow does not know has
+        measured before, as one that begins with another's checkpoint: a row a step.
         """
         self.uri = uri
         self._run_id: str | None = None
@@ -73,6 +77,7 @@ class MlflowTracker:
             self._tags["mlflow.parentRunId"] = nesting.parent_run_id
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._metrics: list[tuple[str, float, int, int]] = []
+        self._history = history
         self._lock = threading.Lock()
         self._jobs.put(lambda: self._connect(experiment, artifacts, run_name, params))
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
@@ -158,10 +163,18 @@ class MlflowTracker:
             else:
                 experiment_id = found.experiment_id
             self._run_id = self._begun(experiment_id) or self._begin(experiment_id, run_name)
+            self._catch_up()
             pairs = [Param(key, str(value)) for key, value in params.items()]
             for first in range(0, len(pairs), 100):  # MLflow's limit a call
                 self._client.log_batch(self._run_id, params=pairs[first : first + 100])
         self._connected.set()
+
+    def _catch_up(self) -> None:
+        now = int(time.time() * 1000)
+        rows = [(row, int(row["step"])) for row in self._history]
+        told = [(key, value, now, step) for row, step in rows for key, value in row.items() if key not in _NO_METRICS]
+        with self._lock:
+            self._metrics[:0] = told
 
     def _earlier_run(self) -> str | None:
         """The run that this training began with, running again; None where this server does not have it."""
@@ -246,4 +259,5 @@ def mlflow_tracker(
         folder / MLFLOW_RUN,
         warn,
         nesting,
+        metrics_so_far(folder),
     )

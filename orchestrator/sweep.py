@@ -101,7 +101,8 @@ def tune_schedules(config: RunConfig, request: Request) -> dict[str, Any]:
         shared = request.share and share_a_trunk(space, base, points)
         if request.share and not shared:
             terminal.line(f"nothing to share: space {space.name} changes the training before the first cut too")
-        sweep = Sweep(base, space, shared, tracker.run_id if tracker is not None else None)
+        ahead = max((space.config(base, point).probe_steps[0] - 1 for point in points), default=0)
+        sweep = Sweep(base, space, shared, tracker.run_id if tracker is not None else None, ahead)
         total = len(points) if request.search != "tpe" else request.samples
         assert total is not None
         room = room_for(config)

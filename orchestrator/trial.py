@@ -38,6 +38,8 @@ class Sweep:
     space: Space
     shared: bool
     parent_run_id: str | None
+    ahead: int = 0
+    """The last step of the trunk that a trial begins after, as far as that is known."""
     start: str = field(default_factory=lambda: secrets.token_hex(8))
     """Tells apart the starts of a sweep that was interrupted."""
 
@@ -109,7 +111,8 @@ class Trial(tune.Trainable):  # type: ignore[misc]
             tags = {"trial": base.name}
             if sweep.shared:
                 trunk = Lent(self._crew, self._stop, Nesting(sweep.parent_run_id, {"trial": "trunk"}))
-                tags["trunk_step"] = str(branch(config, trunk_of(config), config.probe_steps[0] - 1, trunk))
+                before = config.probe_steps[0] - 1
+                tags["trunk_step"] = str(branch(config, trunk_of(config), before, trunk, sweep.ahead))
             summary = launch.train(config, Lent(self._crew, self._stop, Nesting(sweep.parent_run_id, tags), progress))
             status, words, result = "finished", None, final(summary) | {"step": summary["steps"], "done": True}
         except Interrupted as error:

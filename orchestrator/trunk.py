@@ -51,11 +51,12 @@ def share_a_trunk(space: Space, base: RunConfig, points: Sequence[Point]) -> boo
     return all(trunk == trunks[0] for trunk in trunks)
 
 
-def branch(trial: RunConfig, trunk: RunConfig, before: int, lent: Lent) -> int:
+def branch(trial: RunConfig, trunk: RunConfig, before: int, lent: Lent, ahead: int = 0) -> int:
     """Give a trial its beginning: the trunk's last checkpoint up to step `before`; the step that it begins after.
 
-    The trunk is trained as far as that needs. A trial that has a checkpoint of its own goes on from there, and one that
-    has ended needs none. Waits while another trial extends the trunk.
+    The trunk is trained as far as that needs, or to step `ahead`, which others are known to need. A trial that has a
+    checkpoint of its own goes on from there, and one that has ended needs none. Waits while another trial extends the
+    trunk.
     """
     folder = trial.storage / trial.name
     own = checkpoints_of(folder, trial.checkpoints.storage, trial.checkpoints.retry_s)
@@ -65,7 +66,7 @@ def branch(trial: RunConfig, trunk: RunConfig, before: int, lent: Lent) -> int:
     if before < 1:
         return 0
     with _alone(trunk.storage, lent.stop):
-        launch.train(trunk, replace(lent, until=before))
+        launch.train(trunk, replace(lent, until=max(before, ahead)))
         shared = checkpoints_of(trunk.storage / trunk.name, trunk.checkpoints.storage, trunk.checkpoints.retry_s)
         complete = [step for step in checkpoint.steps(shared) if checkpoint.at(shared, step).has(MANIFEST)]
         step = max(step for step in complete if step <= before)

@@ -256,4 +256,6 @@ def _check_mlflow(raw: dict[str, Any], folder: Path) -> None:
         if name.startswith("trial-"):
             assert int(run.data.tags["trunk_step"]) == trunk_steps[name]
             assert set(run.data.metrics) >= {"val_loss", "states", "train_seconds"}
+            told = {metric.step for metric in client.get_metric_history(run.info.run_id, "train_loss")}
+            assert told == losses(folder / name).keys()  # the trunk's steps among them
             assert float(run.data.params["truncation.window.end"]) > 0
