@@ -30,22 +30,12 @@ def digits(tracked_run: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.cluster
-def test_every_method_ends_where_truncation_does_though_the_comparison_is_killed(
-    digits: dict[str, Any], local_ray: None
-) -> None:
+def test_every_method_ends_where_truncation_does(digits: dict[str, Any], local_ray: None) -> None:
     end_crews()
     config = parse_config(digits)
     request = Request(tuple(METHODS), 1, (), fine_tune=0.2, penalty=1e-4)
     folder = Path(digits["storage"]) / "small-compare"
     runs = folder / "seed-0"
-    options = ["--methods", ",".join(METHODS), "--seeds", "1", "--fine-tune", "0.2", "--penalty", "1e-4"]
-    first = start(digits, *options, command="compare")
-    wait_while_running(first, (runs / "hankel" / "summary.json").exists, "truncation itself ends")
-    first.kill()
-    first.communicate()
-    before = stamps_of(runs)
-    assert len(before) >= 2
-
     rows = {row.method: row for row in compare(config, request)}
     assert list(rows) == list(METHODS)
     assert [row.error for row in rows.values()] == [None] * len(rows)
@@ -58,7 +48,6 @@ def test_every_method_ends_where_truncation_does_though_the_comparison_is_killed
         assert alike(rows[method].final_dims) == alike(reached)
     assert len({rows[method].parameters for method in SMALLER}) == 1
     stamps = stamps_of(runs)
-    assert before.items() <= stamps.items(), "what had ended is not trained again"
 
     # The same data order and weights up to the cut, and none of the full-size steps for what begins small.
     whole = losses(runs / "full")
@@ -86,23 +75,34 @@ def test_every_method_ends_where_truncation_does_though_the_comparison_is_killed
 
 @pytest.mark.cluster
 def test_a_method_that_fails_is_told_and_more_can_be_asked_for(digits: dict[str, Any], local_ray: None) -> None:
+    """Of a comparison that was killed too: what has ended is not trained again."""
+    end_crews()
     config = parse_config(digits)
     request = Request(("hsv_regularized",), 1, (0.2,), fine_tune=0.2, penalty=1e60)
+    options = ["--methods", "hsv_regularized", "--seeds", "1", "--tolerance", "0.2", "--fine-tune", "0.2"]
+    first = start(digits, *options, "--penalty", "1e60", command="compare")
+    runs = Path(digits["storage"]) / "small-compare" / "seed-0"
+    wait_while_running(first, (runs / "hankel-0.2" / "summary.json").exists, "truncation itself ends")
+    first.kill()
+    first.communicate()
+    before = stamps_of(runs)
+    assert len(before) == 2
     rows = compare(config, request)
+    assert before.items() <= stamps_of(runs).items()
     assert [(row.method, row.error is None) for row in rows] == [
         ("full", True),
         ("hankel", True),
         ("hsv_regularized", False),
     ]
-    folder = Path(digits["storage"]) / "small-compare"
+    folder = runs.parent
     assert f"- failed: hsv_regularized 0.2, seed 0: {rows[2].error}\n" in (folder / "comparison.md").read_text()
-    stamps = stamps_of(folder / "seed-0")
+    stamps = stamps_of(runs)
 
     rows = compare(config, replace(request, methods=("scratch",), tolerances=(0.2, 0.6)))
     assert [row.named for row in rows] == ["full", "hankel 0.2", "scratch 0.2", "hankel 0.6", "scratch 0.6"]
     assert [row.final_dims for row in rows[1::2]] == [row.final_dims for row in rows[2::2]]
     assert sum(rows[3].final_dims) < sum(rows[1].final_dims)
-    assert stamps.items() <= stamps_of(folder / "seed-0").items()
+    assert stamps.items() <= stamps_of(runs).items()
 
 
 def stamps_of(runs: Path) -> dict[Path, int]:
