@@ -11,6 +11,7 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <vector>
 
 #include "lanes.h"
 
