@@ -162,7 +162,7 @@ def compare(
 
     Every method trains with the same data order, steps and optimizer; those that end smaller get the dimensions that
     truncation has reached. Distillation is charged its teacher's time, pruning its fine-tuning. The same command
-    continues a comparison that was interrupted, and more seeds can be asked for later.
+    continues a comparison that was interrupted; one that names more methods, tolerances or seeds trains those alone.
 
     \b
     Examples:

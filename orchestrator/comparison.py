@@ -10,14 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from models.registry import Task, build_model
 from orchestrator import launch
-from orchestrator.collection import below, parent_run
+from orchestrator.collection import below, parent_run, refuse_another_request, remember_request
 from orchestrator.comparison_report import Row, write_comparison
 from orchestrator.config import RunConfig, parse_config
 from orchestrator.crew import Crew
@@ -88,9 +88,15 @@ def compare(config: RunConfig, request: Request) -> list[Row]:
     check(config, request)
     folder = config.storage / f"{config.name}-compare"
     with hold_folder(folder), ExitStack() as stack:
+        # What is trained is not trained again, whatever else is asked for.
+        free = {"seeds": None, "methods": None, "tolerances": None}
+        base = below(config, folder).model_dump(mode="json")
+        asked = {"config": base, "request": asdict(request) | free}
+        refuse_another_request(folder, asked)
         task = describe(prepare(config.data, config.data_root)).task
         terminal = stack.enter_context(chatter_to(folder / "logs" / "ray.log"))
         stack.enter_context(ray_cluster(config))
+        remember_request(folder, asked)
         stop = stack.enter_context(stop_request())
         tracker = stack.enter_context(parent_run(config, folder, terminal.line))
         crew = stack.enter_context(Crew(config.cluster, folder / "ray_train", folder / "logs" / "ray.log"))
@@ -182,16 +188,17 @@ class _Team:
 
 def _train_all(base: RunConfig, request: Request, team: _Team) -> Iterator[Row]:
     """The rows of one seed, whose runs lie in `base.storage`."""
-    full = untruncated(base, "full")
-    whole = _train(Place("full", "", base.seed), full, full, team)
+    full, before = untruncated(base, "full"), base.probe_steps[0] - 1
+    whole = _train(Place("full", "", base.seed), full, full, before, team)
     yield whole
     for size, truncated in _sizes(base, request):
         cut = truncated.model_copy(update={"name": Place("hankel", size, base.seed).name})
-        reached = _tried(Place("hankel", size, base.seed), cut, full, team)
+        reached = _tried(Place("hankel", size, base.seed), cut, full, before, team)
         yield reached
         for method in _opponents(request) if reached.error is None else ():
             opponent = Place(method, size, base.seed)
-            row = _tried(opponent, _opponent(opponent, cut, full, reached.final_dims, request), full, team)
+            config = _opponent(opponent, cut, full, reached.final_dims, request)
+            row = _tried(opponent, config, full, before, team)
             teaching = whole.train_seconds if method == "distill" else 0.0
             yield replace(row, train_seconds=row.train_seconds + teaching)
 
@@ -254,22 +261,21 @@ def _own(cut: RunConfig, reached: Sequence[int]) -> dict[str, Any]:
     return {"budget": {"states": sum(reached)}, "allocation": "global"}
 
 
-def _tried(place: Place, config: RunConfig, full: RunConfig, team: _Team) -> Row:
+def _tried(place: Place, config: RunConfig, full: RunConfig, before: int, team: _Team) -> Row:
     """As `_train`, or what went wrong."""
     try:
-        return _train(place, config, full, team)
+        return _train(place, config, full, before, team)
     except TrainingError as error:
         return Row.failed(place.method, place.size, place.seed, str(error))
 
 
-def _train(place: Place, config: RunConfig, full: RunConfig, team: _Team) -> Row:
-    """Train a run, with what it has in common with others trained once."""
+def _train(place: Place, config: RunConfig, full: RunConfig, before: int, team: _Team) -> Row:
+    """Train a run, with what it has in common with others trained once; `before` is the step before the first probe."""
+    shared = untruncated(full, NAME)
     if place.method == "magnitude":
         shared, before = full, full.train.steps
     elif place.method in PENALTIES:
         shared, before = untruncated(config, f"{place.method}-full"), full.train.steps - 1
-    else:
-        shared, before = untruncated(full, NAME), full.probe_steps[0] - 1
     if place.method not in FROM_SCRATCH:
         branch(config, shared, before, team.lent(Place(shared.name, "", place.seed)))
     summary = launch.train(config, team.lent(place))

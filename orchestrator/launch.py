@@ -47,7 +47,7 @@ class Lent:
     until: int | None = None
     """The step after which training ends as if it had been interrupted."""
     terminal: Terminal | None = None
-    """Where whoever waits is told how far the run is; the run's own log where there is none."""
+    """Where whoever waits is told how far the run is; what the process prints to where there is none."""
 
 
 def train(config: RunConfig, lent: Lent | None = None) -> dict[str, Any]:

@@ -164,9 +164,11 @@ class MlflowTracker:
                 experiment_id = found.experiment_id
             self._run_id = self._begun(experiment_id) or self._begin(experiment_id, run_name)
             self._catch_up()
+            self._send_metrics()
             pairs = [Param(key, str(value)) for key, value in params.items()]
             for first in range(0, len(pairs), 100):  # MLflow's limit a call
                 self._client.log_batch(self._run_id, params=pairs[first : first + 100])
+        self._history = ()
         self._connected.set()
 
     def _catch_up(self) -> None:

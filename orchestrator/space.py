@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -105,6 +106,11 @@ class Space:
         outer = itertools.product(*((values[0], values[-1]) for values in columns.values()))
         return [*single, *(dict(zip(self.knobs, values, strict=True)) for values in outer)]
 
+    def contents(self) -> dict[str, str]:
+        """What tells another space from this one, as far as its file says."""
+        knobs = {name: repr(replace(knob, doc="")) for name, knob in self.knobs.items()}
+        return knobs | {"settings()": hashlib.sha256(inspect.getsource(self.settings).encode()).hexdigest()[:12]}
+
     def latest_cut(self, base: RunConfig, points: Sequence[Point]) -> int:
         """The step by which each of these points and of the edges has made its last cut."""
         return max(self.config(base, point).probe_steps[-1] for point in (*points, *self.edges()))
@@ -118,11 +124,11 @@ def load_space(name: str) -> Space:
     """
     module = _module(name)
     knobs, settings = getattr(module, "KNOBS", None), getattr(module, "settings", None)
-    if not isinstance(knobs, dict) or not knobs or not callable(settings):
+    if not isinstance(knobs, dict) or not knobs or not inspect.isfunction(settings):
         raise UserError(f"space {name} needs KNOBS, a dict that is not empty, and a function settings(knob, …)")
     for knob_name, knob in knobs.items():
         _check_knob(name, knob_name, knob)
-    takes = list(inspect.signature(settings).parameters) if inspect.isfunction(settings) else []
+    takes = list(inspect.signature(settings).parameters)
     if sorted(takes) != sorted(knobs):
         raise UserError(f"space {name}: settings() takes {', '.join(takes)}, but KNOBS has {', '.join(knobs)}")
     return Space(Path(name).stem, knobs, settings)

@@ -21,6 +21,7 @@ import numpy as np
 import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
 
 from orchestrator import launch
@@ -29,7 +30,6 @@ from orchestrator.config import RunConfig, load_config, parse_config
 from orchestrator.crew import Crew
 from orchestrator.data.sources import prepare
 from orchestrator.errors import Interrupted, TrainingError, UserError
-from orchestrator.failures import in_a_line
 from orchestrator.launch import Lent
 from orchestrator.mlflow_tracker import MLFLOW_RUN, Nesting, mlflow_command, mlflow_tracker
 from orchestrator.ray_cluster import HERE, cluster_address, ray_cluster
@@ -90,27 +90,27 @@ def tune_schedules(config: RunConfig, request: Request) -> dict[str, Any]:
         base = below(config, folder)
         # Baselines may be asked for later, and the cluster may be another; a space's file may have been edited.
         free = {"baselines": None, "concurrent": None}
-        knobs = {name: repr(knob) for name, knob in space.knobs.items()}
-        asked = {"config": base.model_dump(mode="json"), "request": asdict(request) | free | {"knobs": knobs}}
+        wanted = asdict(request) | free | {"knobs": space.contents()}
+        asked = {"config": base.model_dump(mode="json"), "request": wanted}
         refuse_another_request(folder, asked)
         prepare(config.data, config.data_root)
         terminal = stack.enter_context(chatter_to(folder / "logs" / "ray.log"))
         stack.enter_context(ray_cluster(config))
+        room = room_for(config)
+        if request.concurrent is not None and request.concurrent > room and cluster_address() in HERE:
+            raise UserError(f"--concurrent {request.concurrent} must be at most {room}: this machine has no more room")
+        at_a_time = request.concurrent or room
         remember_request(folder, asked)
         tracker = stack.enter_context(parent_run(config, folder, terminal.line))
         shared = request.share and share_a_trunk(space, base, points)
         if request.share and not shared:
             terminal.line(f"nothing to share: space {space.name} changes the training before the first cut too")
         ahead = max((space.config(base, point).probe_steps[0] - 1 for point in points), default=0)
-        sweep = Sweep(base, space, shared, tracker.run_id if tracker is not None else None, ahead)
+        sweep = Sweep(base, space, shared, tracker.run_id if tracker is not None else None, ahead, at_a_time)
         total = len(points) if request.search != "tpe" else request.samples
         assert total is not None
-        room = room_for(config)
-        if request.concurrent is not None and request.concurrent > room and cluster_address() in HERE:
-            raise UserError(f"--concurrent {request.concurrent} must be at most {room}: this machine has no more room")
-        at_a_time = request.concurrent or room
         terminal.line(f"sweep {folder.name}: {total} trials, {at_a_time} at a time; {', '.join(request.objectives)}")
-        _conclude_rest(sweep, _run(sweep, request, points, total, at_a_time, terminal), terminal)
+        _conclude_rest(sweep, _run(sweep, request, points, total, terminal), terminal)
         found = outcomes(folder)
         if not any(outcome.status == "finished" for outcome in found):
             raise TrainingError(f"no trial of {folder} came to its end; each one's error is in its {OUTCOME}")
@@ -185,7 +185,7 @@ def room_for(config: RunConfig) -> int:
 
 
 def _run(
-    sweep: Sweep, request: Request, points: Sequence[Point], total: int, at_a_time: int, terminal: Terminal
+    sweep: Sweep, request: Request, points: Sequence[Point], total: int, terminal: Terminal
 ) -> list[tune.experiment.Trial]:
     """All trials that have not ended yet, under Ray Tune; those that have failed, again.
 
@@ -199,37 +199,45 @@ def _run(
     experiment = folder / "tune"
     # What begins and ends between two of its saves is trained again after a kill.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
-    if tune.Tuner.can_restore(str(experiment)):
+    searcher = OptunaSearch(
+        space=optuna_space(sweep.space),
+        metric=list(request.objectives),
+        mode=[OBJECTIVES[objective] for objective in request.objectives],
+        points_to_evaluate=list(points) or None,
+        seed=sweep.base.seed % 2**32,  # as NumPy takes them
+    )
+    search, scheduler = _AtATime(searcher, max_concurrent=sweep.at_a_time), _scheduler(sweep, request, points)
+    # Killed before its first save, Ray Tune could not restore what it says it can.
+    if tune.Tuner.can_restore(str(experiment)) and any(experiment.glob("experiment_state-*.json")):
         terminal.line("continuing the sweep: trials that have finished or were pruned are not repeated")
         tuner = tune.Tuner.restore(str(experiment), trainable=trainable, resume_errored=True)
-        # As it was before the first trial: Ray Tune keeps neither what its scheduler has seen nor asks for the room.
-        kept = tuner._local_tuner._tune_config
-        kept.scheduler, kept.max_concurrent_trials = _scheduler(sweep, request, points), at_a_time
+        # Ray Tune's own are as they were before the first trial; it restores the search's state alone.
+        tuner._local_tuner._tune_config.search_alg = search
+        tuner._local_tuner._tune_config.scheduler = scheduler
     else:
-        searcher = OptunaSearch(
-            space=optuna_space(sweep.space),
-            metric=list(request.objectives),
-            mode=[OBJECTIVES[objective] for objective in request.objectives],
-            points_to_evaluate=list(points) or None,
-            seed=sweep.base.seed % 2**32,  # as NumPy takes them
-        )
-        tune_config = tune.TuneConfig(
-            search_alg=searcher,
-            scheduler=_scheduler(sweep, request, points),
-            num_samples=total,
-            max_concurrent_trials=at_a_time,
-            reuse_actors=True,
-        )
+        tune_config = tune.TuneConfig(search_alg=search, scheduler=scheduler, num_samples=total, reuse_actors=True)
         # A run keeps its own checkpoints.
         none = tune.CheckpointConfig(checkpoint_at_end=False)
         run_config = tune.RunConfig(name=experiment.name, storage_path=str(folder), checkpoint_config=none)
         tuner = tune.Tuner(trainable, tune_config=tune_config, run_config=run_config)
     with _sigterm_as_sigint() as terminated, _shown(folder, total, request.objectives[0], terminal):
         trials: list[tune.experiment.Trial] = tuner.fit()._experiment_analysis.trials
-    if len(trials) < total or not all(trial.is_finished() for trial in trials):
+    if len(trials) < total or not all(map(_ended, trials)):
         number = signal.SIGTERM if terminated else signal.SIGINT
         raise Interrupted(f"sweep {folder.name} stopped; the same command continues it", number)
     return trials
+
+
+class _AtATime(ConcurrencyLimiter):  # type: ignore[misc]
+    """As many trials as it was made for, whatever it was before the sweep was continued."""
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        super().set_state(state | {"max_concurrent": self.max_concurrent})
+
+
+def _ended(trial: tune.experiment.Trial) -> bool:
+    """By itself or its scheduler: those that are running when a signal comes are TERMINATED too."""
+    return trial.status == trial.ERROR or bool(trial.last_result.get("done"))
 
 
 def _conclude_rest(sweep: Sweep, trials: Sequence[tune.experiment.Trial], terminal: Terminal) -> None:
@@ -240,16 +248,17 @@ def _conclude_rest(sweep: Sweep, trials: Sequence[tune.experiment.Trial], termin
     known = {trial.trial_id: trial for trial in trials}
     for folder, trial_id in running(sweep.base.storage):
         trial = known.get(trial_id)
-        if trial is not None and trial.status == trial.TERMINATED:
+        pruned = trial is not None and trial.status == trial.TERMINATED
+        if pruned:
             conclude(folder, "pruned")
         else:
-            error = trial.get_error() if trial is not None else None
-            conclude(folder, "failed", in_a_line(error) if error else "its process was killed")
+            words: str | None = trial.get_error() if trial is not None else None
+            conclude(folder, "failed", words.strip().splitlines()[-1] if words else "its process was killed")
         if (folder / MLFLOW_RUN).exists():
             nesting = Nesting(sweep.parent_run_id, {"trial": folder.name})
             tracker = mlflow_tracker(load_config(folder / "config.yaml"), folder, terminal.line, nesting)
             if tracker is not None:
-                tracker.close("KILLED" if trial is not None and trial.status == trial.TERMINATED else "FAILED")
+                tracker.close("KILLED" if pruned else "FAILED")
 
 
 @contextmanager

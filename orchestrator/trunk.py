@@ -28,7 +28,7 @@ from orchestrator.storage import checkpoints_of
 NAME = "trunk"
 # A trial begins at most this share of the training before its first cut.
 SPACING = 0.01
-_POLL_S = 0.1
+POLL_S = 0.1
 
 
 def untruncated(config: RunConfig, name: str) -> RunConfig:
@@ -69,7 +69,9 @@ def branch(trial: RunConfig, trunk: RunConfig, before: int, lent: Lent, ahead: i
         launch.train(trunk, replace(lent, until=max(before, ahead)))
         shared = checkpoints_of(trunk.storage / trunk.name, trunk.checkpoints.storage, trunk.checkpoints.retry_s)
         complete = [step for step in checkpoint.steps(shared) if checkpoint.at(shared, step).has(MANIFEST)]
-        step = max(step for step in complete if step <= before)
+        step = max((step for step in complete if step <= before), default=0)
+        if step == 0:
+            return 0  # so early a trial has nothing to gain
         folder.mkdir(parents=True, exist_ok=True)
         rows = [row for row in metrics_so_far(trunk.storage / trunk.name) if row["step"] <= step]
         write_whole(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -99,14 +101,15 @@ def _alone(sweep: Path, stop: StopRequest) -> Iterator[None]:
     """
     sweep.mkdir(parents=True, exist_ok=True)
     with (sweep / "trunk.lock").open("a") as lock:
-        while not _taken(lock):
+        while not taken(lock):
             if stop.signal is not None:
                 raise Interrupted(f"stopped before the beginning that runs of {sweep.name} share", stop.signal)
-            time.sleep(_POLL_S)
+            time.sleep(POLL_S)
         yield
 
 
-def _taken(lock: IO[str]) -> bool:
+def taken(lock: IO[str]) -> bool:
+    """Whether this open file is locked now, for as long as it is open."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -100,8 +100,12 @@ def test_a_sweep_that_was_killed_is_continued_and_equals_runs_of_their_own(
     end_crews()
     folder = Path(timed_cut["storage"]) / "small-timing"
     first = tuned(timed_cut, *OPTIONS)
-    # One that Ray Tune has not heard of for ten seconds, and would propose again.
-    wait_while_running(first, (folder / "trial-00001" / "point.json").exists, "the second trial begins")
+    # One that Ray Tune may not have saved yet, and would propose again.
+    wait_while_running(
+        first,
+        lambda: (folder / "trial-00001" / "point.json").exists() and (folder / "trial-00000" / "summary.json").exists(),
+        "the second trial begins",
+    )
     first.kill()
     first.communicate()
     finished = (folder / "trial-00000" / "summary.json").stat().st_mtime_ns
@@ -218,7 +222,10 @@ def test_several_objectives_and_a_trial_that_fails(one_at_a_time: dict[str, Any]
 
     # The same command tries once more what has failed, and nothing else.
     stamps = [(folder / found[factor].trial / "outcome.json").stat().st_mtime_ns for factor in (1.0, 0.5, 1e30)]
-    assert tune_schedules(parse_config(one_at_a_time), asked)["trials"] == summary["trials"]
+    repeated = tune_schedules(parse_config(one_at_a_time), asked)["trials"]
+    assert [row["status"] for row in repeated] == ["finished", "finished", "failed"]
+    assert repeated[:2] == summary["trials"][:2]
+    assert repeated[2]["last_step"] == found[1e30].last_step
     again = [(folder / found[factor].trial / "outcome.json").stat().st_mtime_ns for factor in (1.0, 0.5, 1e30)]
     assert [later > earlier for later, earlier in zip(again, stamps, strict=True)] == [False, False, True]
 
