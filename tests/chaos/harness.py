@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.ray_cluster import START_TRIES
 from tests.runs import HANGS_S, start, wait_until
 
 # A process of the run, as `ps` shows it. `worker` is the one that is held; `other` is the one that is not, which has
@@ -147,22 +148,37 @@ def _left(session: int) -> list[tuple[int, str]]:
 @contextmanager
 def shared_cluster() -> Iterator[str]:
     """A Ray cluster of its own session, which drivers come to and leave again; its address."""
+    # In a folder of its own, short enough for sockets: from the usual one, any other Ray would learn of this cluster.
+    folder = Path(tempfile.mkdtemp(prefix="ray"))
+    head, address = _head(folder)
+    for _ in range(START_TRIES - 1):  # as `ray_cluster`, for the same reason
+        if head.poll() is not None:
+            head, address = _head(folder)
+    try:
+        assert head.poll() is None, (folder / "said").read_text()
+        yield address
+    finally:
+        if head.poll() is None:
+            os.killpg(head.pid, signal.SIGTERM)
+            head.wait(timeout=60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _head(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
+    """The process of a head that is up or has ended, and its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    ray_ = str(Path(sys.executable).with_name("ray"))
-    # In a folder of its own, short enough for sockets: from the usual one, any other Ray would learn of this cluster.
-    folder = tempfile.mkdtemp(prefix="ray")
-    command = [ray_, "start", "--head", "--block", "--num-cpus=2", f"--port={port}", "--node-ip-address=127.0.0.1"]
-    command.append(f"--temp-dir={folder}")
-    head = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        wait_until(lambda: any("raylet" in title for _, title in _left(head.pid)), "the cluster is up", within=120)
-        yield f"127.0.0.1:{port}"
-    finally:
-        os.killpg(head.pid, signal.SIGTERM)
-        head.wait(timeout=60)
-        shutil.rmtree(folder, ignore_errors=True)
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2"]
+    command += [f"--port={port}", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}"]
+    with (folder / "said").open("wb") as said:
+        head = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
+
+    def decided() -> bool:
+        return head.poll() is not None or any("raylet" in title for _, title in _left(head.pid))
+
+    wait_until(decided, "the cluster is up", within=120)
+    return head, f"127.0.0.1:{port}"
 
 
 def actors_alive(address: str) -> list[str]:
