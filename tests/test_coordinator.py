@@ -76,7 +76,8 @@ def test_a_duplicate_changes_nothing(local_ray: None) -> None:
     plans = ray.get([first.assemble(decided[0]), other.assemble(decided[0]), second.assemble(decided[0])])
     expected = plans[0]
     assert plans[1].digest == expected.digest
-    assert expected.layers[0].spectrum == tuple(first.solution.sigma_N.tolist())
+    # Ray may hand an asyncio actor its calls in another order.
+    assert expected.layers[0].spectrum in {tuple(owner.solution.sigma_N.tolist()) for owner in (first, other)}
 
 
 def test_a_straggler_of_a_dead_attempt_is_refused(local_ray: None) -> None:
