@@ -74,7 +74,7 @@ def statuses(folder: Path) -> list[str]:
 def running(folder: Path) -> list[tuple[Path, str]]:
     """Folder and Ray Tune's id of every trial that has not ended."""
     open_ = [trial for trial in _trials(folder) if _status(trial)[0] == "running"]
-    return [(trial, json.loads((trial / POINT).read_text())["trial_id"]) for trial in open_]
+    return [(trial, _begun(trial)["trial_id"]) for trial in open_]
 
 
 def measured_from(folder: Path, objective: str, step: int) -> dict[str, float]:
@@ -83,7 +83,7 @@ def measured_from(folder: Path, objective: str, step: int) -> dict[str, float]:
     for trial in _trials(folder):
         rows = [row for row in metrics_so_far(trial) if row["step"] >= step and objective in row]
         if rows:
-            found[json.loads((trial / POINT).read_text())["trial_id"]] = float(rows[0][objective])
+            found[_begun(trial)["trial_id"]] = float(rows[0][objective])
     return found
 
 
@@ -206,6 +206,12 @@ def _trials(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("trial-*") if (path / POINT).exists())
 
 
+def _begun(trial: Path) -> Json:
+    """Ray Tune's id of a trial and its point, as noted when it began."""
+    noted: Json = json.loads((trial / POINT).read_text())
+    return noted
+
+
 def _status(trial: Path) -> tuple[str, str | None]:
     path = trial / OUTCOME
     if not path.exists():
@@ -216,7 +222,7 @@ def _status(trial: Path) -> tuple[str, str | None]:
 
 def _outcome(trial: Path) -> Outcome:
     status, error = _status(trial)
-    point = json.loads((trial / POINT).read_text())["point"]
+    point = _begun(trial)["point"]
     branch = trial / "branch.json"
     trunk_step = int(json.loads(branch.read_text())["step"]) if branch.exists() else 0
     rows = metrics_so_far(trial)

@@ -42,6 +42,7 @@ class Sweep:
     ahead: int = 0
     """The last step of the trunk that a trial begins after, as far as that is known."""
     at_a_time: int = 1
+    """Trials that train at once; those beyond wait for room."""
     start: str = field(default_factory=lambda: secrets.token_hex(8))
     """Tells apart the starts of a sweep that was interrupted."""
 
