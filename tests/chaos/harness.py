@@ -140,7 +140,9 @@ def _named(driver: subprocess.Popen[str], victim: str, held: int) -> list[int]:
 
 def _left(session: int) -> list[tuple[int, str]]:
     """Process id and title of everything that lives in the session of a driver."""
-    listing = subprocess.run(["ps", "-o", "pid=,stat=,args=", "-s", str(session)], capture_output=True, text=True)
+    listing = subprocess.run(
+        ["ps", "-ww", "-o", "pid=,stat=,args=", "-s", str(session)], capture_output=True, text=True
+    )
     rows = [line.split(maxsplit=2) for line in listing.stdout.splitlines()]
     return [(int(pid), title) for pid, state, title in rows if not state.startswith("Z")]
 
