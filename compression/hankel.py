@@ -1,6 +1,6 @@
 """Hankel singular values (HSVs): how much each state dimension carries from past inputs to future outputs.
 
-Shapes: N state, R states kept, S and K singular values above and below ACCURATE.
+Shapes: N state, R states kept.
 """
 
 from __future__ import annotations
@@ -12,20 +12,16 @@ import torch
 from torch import Tensor
 
 from compression.gramians import LTISystem, lti_gramians
-
-# Of the largest singular value: down to here the square root of an eigenvalue has twelve digits.
-ACCURATE = 1e-2
+from compression.svd import SVD
 
 
 @dataclass(frozen=True)
 class Balancing:
-    """Factors with P = L_P L_P^H, Q = L_Q L_Q^H and the SVD L_Q^H L_P = U diag(sigma) V^H."""
+    """Factors with P = L_P L_P^H and Q = L_Q L_Q^H, and the SVD of L_Q^H L_P = U diag(sigma) V^H."""
 
     L_P_NN: Tensor
     L_Q_NN: Tensor
-    U_NN: Tensor
-    sigma_N: Tensor  # float64, descending
-    Vh_NN: Tensor
+    svd: SVD
 
     @classmethod
     def of(cls, P_NN: Tensor, Q_NN: Tensor) -> Balancing:
@@ -34,7 +30,12 @@ class Balancing:
         The singular values of the product of Gramian factors are accurate where the eigenvalues of P Q are not.
         """
         L_P_NN, L_Q_NN = _factor(P_NN), _factor(Q_NN)
-        return cls(L_P_NN, L_Q_NN, *_svd(L_Q_NN.mH @ L_P_NN))
+        return cls(L_P_NN, L_Q_NN, SVD(L_Q_NN.mH @ L_P_NN))
+
+    @property
+    def sigma_N(self) -> Tensor:
+        """HSVs, float64, descending."""
+        return self.svd.sigma_N
 
     @property
     def numerical_rank(self) -> int:
@@ -44,11 +45,9 @@ class Balancing:
 
     def projections(self, coordinates: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Left (R, N) and right (N, R) onto these balanced coordinates, below the numerical rank; left right = I."""
-        chosen = torch.tensor(coordinates, dtype=torch.int64)
-        root_R = self.sigma_N[chosen].sqrt()
-        right_NR = self.L_P_NN @ self.Vh_NN.mH[:, chosen] / root_R
-        left_RN = (self.L_Q_NN @ self.U_NN[:, chosen] / root_R).mH
-        return left_RN, right_NR
+        U_NR, V_NR = self.svd.vectors(coordinates)
+        root_R = self.sigma_N[torch.tensor(coordinates, dtype=torch.int64)].sqrt()
+        return (self.L_Q_NN @ U_NR / root_R).mH, self.L_P_NN @ V_NR / root_R
 
 
 def lti_balancing(system: LTISystem) -> Balancing:
@@ -75,28 +74,6 @@ def _factor(gramian_NN: Tensor) -> Tensor:
     floor = values_N[-1] * values_N.numel() * torch.finfo(torch.float64).eps
     factor_NN: Tensor = scale_N[:, None] * vectors_NN * torch.where(values_N > floor, values_N, 0.0).sqrt()
     return factor_NN
-
-
-def _svd(M_NN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, sigma (descending) and V^H, from the eigenvectors of M^H M as far as these are accurate.
-
-    LAPACK's Hermitian eigenvectors take a third of its SVD's time, but a singular value of x times the largest comes
-    out of them with an error of eps / x^2. Those below ACCURATE have an SVD of their own, of what M is between the
-    orthogonal complements of the others.
-    """
-    squares_N, V_NN = torch.linalg.eigh(M_NN.mH @ M_NN)
-    squares_N, V_NN = squares_N.flip(0), V_NN.flip(1)
-    accurate = int((squares_N > ACCURATE**2 * squares_N[0]).sum())
-    sigma_S, V_NS, V_NK = squares_N[:accurate].sqrt(), V_NN[:, :accurate], V_NN[:, accurate:]
-    U_NS = M_NN @ V_NS / sigma_S
-    if accurate == len(squares_N):
-        return U_NS, sigma_S, V_NS.mH
-    complement_NK = torch.linalg.qr(U_NS, mode="complete").Q[:, accurate:]
-    U_KK, sigma_K, Wh_KK = torch.linalg.svd(complement_NK.mH @ M_NN @ V_NK)
-    U_NN, V_NN = torch.cat([U_NS, complement_NK @ U_KK], 1), torch.cat([V_NS, V_NK @ Wh_KK.mH], 1)
-    # Where the two meet, rounding may have swapped neighbours.
-    sigma_N, order_N = torch.cat([sigma_S, sigma_K]).sort(descending=True)
-    return U_NN[:, order_N], sigma_N, V_NN[:, order_N].mH
 
 
 def spectrum_drift(before: Sequence[float], now: Sequence[float]) -> float:

@@ -72,9 +72,14 @@ def test_the_decomposition_is_one_at_any_decay_of_the_hsvs(decades: float) -> No
     expected_N = torch.logspace(0, -decades, 30, dtype=torch.float64)
     factors = Balancing.of(torch.eye(30, dtype=torch.complex128), basis_NN * expected_N.square() @ basis_NN.mH)
     product_NN = factors.L_Q_NN.mH @ factors.L_P_NN
-    assert float((factors.U_NN * factors.sigma_N @ factors.Vh_NN - product_NN).norm()) <= 1e-13
-    for unitary_NN in (factors.U_NN, factors.Vh_NN):
+    U_NN, V_NN = factors.svd.vectors(range(30))
+    assert float((U_NN * factors.sigma_N @ V_NN.mH - product_NN).norm()) <= 1e-13
+    for unitary_NN in (U_NN, V_NN):
         assert float((unitary_NN @ unitary_NN.mH - torch.eye(30)).norm()) <= 1e-11
+    some = [7, 0, 3]
+    U_NR, V_NR = factors.svd.vectors(some)
+    assert float((product_NN @ V_NR - U_NR * factors.sigma_N[some]).norm()) <= 1e-13
+    assert float((U_NR.mH @ product_NN - factors.sigma_N[some, None] * V_NR.mH).norm()) <= 1e-11
     # Forming a Gramian has rounded the squares.
     torch.testing.assert_close(factors.sigma_N.square(), expected_N.square(), rtol=0, atol=1e-14)
 

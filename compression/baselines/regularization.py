@@ -28,8 +28,9 @@ def hankel_sum(system: LTISystem) -> Tensor:
     system.check()
     P_NN, Q_NN = lti_gramians(system)
     with torch.no_grad():
-        balancing = Balancing.of(P_NN, Q_NN)
-        left_RN, right_NR = balancing.projections(range(balancing.numerical_rank))
+        balancing = Balancing.of(P_NN.cpu(), Q_NN.cpu())
+        coordinates = balancing.projections(range(balancing.numerical_rank))
+        left_RN, right_NR = (part.to(P_NN.device) for part in coordinates)
     reached = ((left_RN @ P_NN) * left_RN.conj()).sum()
     observed = ((right_NR.mH @ Q_NN) * right_NR.T).sum()
     return (reached + observed).real / 2
