@@ -84,7 +84,9 @@ def test_the_rule_changes_nothing_but_rounding(shape: tuple[int, int, int, int])
 
 
 def test_the_rule_takes_both_ways() -> None:
-    assert linear.is_convolution(batch=50, width=8, d_state=256)
+    for d_state in (256, 28):  # a cut layer must not become slower than it was
+        assert linear.is_convolution(batch=50, width=8, d_state=d_state)
+    assert not linear.is_convolution(batch=50, width=8, d_state=8)
     assert not linear.is_convolution(batch=4, width=512, d_state=384)
 
 

@@ -39,10 +39,10 @@ def linear_recurrence(
 def is_convolution(batch: int, width: int, d_state: int) -> bool:
     """Whether the sequences go through the impulse response and not through states.
 
-    The response takes width^2 entries, each a sum over all states, before the first sequence can use it: that pays
-    for wide batches of many states. The factors are measured (docs/log.md, the LRU's two ways).
+    Transforms cost the same at any number of states, but the response takes width^2 entries, each a sum over all
+    states, before the first sequence can use it. The factors are measured (docs/log.md, the LRU's two ways).
     """
-    return 2 * width <= batch and 16 * width <= d_state
+    return width <= batch and 2 * width * (batch + width) <= batch * d_state
 
 
 def _as_convolution(x_BLH: Tensor, *parameters: Tensor) -> Tensor:
