@@ -23,7 +23,7 @@ fast: .venv/ready
 	$(BIN)/pytest -m "not cluster and not long"
 
 chaos: .venv/ready
-	$(BIN)/pytest tests/chaos -m cluster
+	$(BIN)/pytest tests/chaos -m cluster --numprocesses 2 --maxschedchunk 1
 
 long: .venv/ready
 	$(BIN)/pytest -m long

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.chaos.conftest import AddRow
 from tests.chaos.harness import POINTS, Strike, actors_alive, disturbed, shared_cluster
 from tests.conftest import small_run as small_run_fixture
 from tests.runs import HANGS_S, losses, plans, runs_of, saved, start, wait_until
@@ -59,7 +60,7 @@ def test_a_run_survives(
     victims: Sequence[str],
     tracked: dict[str, Any],
     undisturbed: Callable[[int], Path],
-    table: list[tuple[str, str, str]],
+    add_row: AddRow,
 ) -> None:
     reference = undisturbed(stage)
     tracked["cluster"] |= {"zero_stage": stage, "max_failures": len(POINTS)}
@@ -74,7 +75,7 @@ def test_a_run_survives(
         seconds = outcome.seconds if outcome is not None else []
         for victim, when, took in itertools.zip_longest(victims, POINTS, seconds):
             case = f"ZeRO-{stage}, {victim}, {when}"
-            table.append((case, "not recovered" if took is None else f"{took:.0f}", end))
+            add_row(case, "not recovered" if took is None else f"{took:.0f}", end)
     # A kill is noticed within `cluster.timeout_s`; then a group has to start, for a driver with a cluster around it.
     assert max(outcome.seconds) < tracked["cluster"]["timeout_s"] + 2 * outcome.first
     # From the beginning only before there is a checkpoint, and after that from the last: the one of the second cut was
@@ -100,7 +101,7 @@ def ends_like(raw: dict[str, Any], undisturbed: Path) -> bool:
 
 @pytest.mark.long
 def test_a_worker_that_hangs_is_lost(
-    tracked: dict[str, Any], undisturbed: Callable[[int], Path], table: list[tuple[str, str, str]]
+    tracked: dict[str, Any], undisturbed: Callable[[int], Path], add_row: AddRow
 ) -> None:
     """It answers nobody, but its connections stay open: only `cluster.timeout_s` tells, here 30 s."""
     point = "once the plan is agreed"
@@ -109,7 +110,7 @@ def test_a_worker_that_hangs_is_lost(
     assert outcome.code == 0, outcome.output + outcome.errors
     assert ends_like(tracked, undisturbed(2))
     # A kill is noticed at once; both then start a group.
-    table.append((f"ZeRO-2, other hangs, {point}", f"{outcome.seconds[0]:.0f}", "to the last bit"))
+    add_row(f"ZeRO-2, other hangs, {point}", f"{outcome.seconds[0]:.0f}", "to the last bit")
     assert outcome.seconds[0] < 30 + 2 * killed.seconds[0]
 
 

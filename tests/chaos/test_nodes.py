@@ -15,6 +15,7 @@ import pytest
 import torch
 from ray.cluster_utils import Cluster
 
+from tests.chaos.conftest import AddRow
 from tests.chaos.harness import POINTS, Points, began
 from tests.runs import HANGS_S, losses, plans, runs_of, saved, start, wait_until
 
@@ -58,7 +59,7 @@ def undisturbed(raw: dict[str, Any], cluster: Cluster) -> Path:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_another_node_takes_over_at_every_point(
-    stage: int, tracked_run: dict[str, Any], cluster: Cluster, points: Points, table: list[tuple[str, str, str]]
+    stage: int, tracked_run: dict[str, Any], cluster: Cluster, points: Points, add_row: AddRow
 ) -> None:
     tracked_run["cluster"] |= {"zero_stage": stage, "max_failures": len(POINTS)}
     driver = start(tracked_run, RAY_ADDRESS=cluster.address)
@@ -81,7 +82,7 @@ def test_another_node_takes_over_at_every_point(
     [run] = runs_of(tracked_run)
     assert run.info.status == "FINISHED"
     for when, took in seconds.items():
-        table.append((f"ZeRO-{stage}, node, {when}", f"{took:.0f}", "to the last bit"))
+        add_row(f"ZeRO-{stage}, node, {when}", f"{took:.0f}", "to the last bit")
 
 
 def test_an_elastic_run_goes_on_with_fewer_workers(small_run: dict[str, Any], cluster: Cluster, points: Points) -> None:
