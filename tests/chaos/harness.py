@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,7 @@ def _named(driver: subprocess.Popen[str], victim: str, held: int) -> list[int]:
 
 def _left(session: int) -> list[tuple[int, str]]:
     """Process id and title of everything that lives in the session of a driver."""
+    # Whole lines: pytest loads readline, which tells our children that these have 80 columns.
     listing = subprocess.run(
         ["ps", "-ww", "-o", "pid=,stat=,args=", "-s", str(session)], capture_output=True, text=True
     )
@@ -152,35 +153,38 @@ def shared_cluster() -> Iterator[str]:
     """A Ray cluster of its own session, which drivers come to and leave again; its address."""
     # In a folder of its own, short enough for sockets: from the usual one, any other Ray would learn of this cluster.
     folder = Path(tempfile.mkdtemp(prefix="ray"))
-    head, address = _head(folder)
-    for _ in range(START_TRIES - 1):  # as `ray_cluster`, for the same reason
-        if head.poll() is not None:
+    with ExitStack() as ends:
+        ends.callback(shutil.rmtree, folder, ignore_errors=True)
+        for _ in range(START_TRIES):  # as `ray_cluster`, for the same reason
             head, address = _head(folder)
-    try:
+            ends.callback(_end, head)
+            wait_until(functools.partial(_decided, head), "the cluster is up", within=120)
+            if head.poll() is None:
+                break
         assert head.poll() is None, (folder / "said").read_text()
         yield address
-    finally:
-        if head.poll() is None:
-            os.killpg(head.pid, signal.SIGTERM)
-            head.wait(timeout=60)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _head(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
-    """The process of a head that is up or has ended, and its address."""
+    """The process of a head that starts, and its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2"]
     command += [f"--port={port}", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}"]
     with (folder / "said").open("wb") as said:
-        head = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
+        return subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True), f"127.0.0.1:{port}"
 
-    def decided() -> bool:
-        return head.poll() is not None or any("raylet" in title for _, title in _left(head.pid))
 
-    wait_until(decided, "the cluster is up", within=120)
-    return head, f"127.0.0.1:{port}"
+def _decided(head: subprocess.Popen[bytes]) -> bool:
+    """Whether a head is up or has ended."""
+    return head.poll() is not None or any("raylet" in title for _, title in _left(head.pid))
+
+
+def _end(head: subprocess.Popen[bytes]) -> None:
+    if head.poll() is None:
+        os.killpg(head.pid, signal.SIGTERM)
+        head.wait(timeout=60)
 
 
 def actors_alive(address: str) -> list[str]:
