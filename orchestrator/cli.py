@@ -57,7 +57,8 @@ def main() -> None:
 def train(config: Path, overrides: tuple[str, ...]) -> None:
     """Train what CONFIG describes, truncating its states on the way.
 
-    CONFIG is a YAML file; KEY.SUB=VALUE replaces one of its settings by a YAML value. Training runs on the Ray
+    CONFIG is a YAML file (`rayduce settings` lists what it may hold); KEY.SUB=VALUE replaces one of its settings by a
+    YAML value. Training runs on the Ray
     cluster that RAY_ADDRESS names, else on this machine. The run's folder below `storage` is called like the
     run (`name`) and holds metrics, plans, checkpoints, figures and a report.
 
@@ -67,7 +68,7 @@ def train(config: Path, overrides: tuple[str, ...]) -> None:
     \b
     Examples:
       rayduce train configs/quickstart.yaml
-      rayduce train configs/quickstart.yaml name=smaller truncation.target.dim=8 train.steps=1000
+      rayduce train configs/quickstart.yaml name=smaller 'truncation.target={dim: 2}' train.steps=1000
     """
     from orchestrator.config import load_config
 
@@ -167,7 +168,7 @@ def compare(
     \b
     Examples:
       rayduce compare configs/digits_lru.yaml
-      rayduce compare configs/digits_lru.yaml --tolerance 0.02 --tolerance 0.1 --methods scratch,random --seeds 5
+      rayduce compare configs/digits_lru.yaml --tolerance 0.1 --tolerance 0.2 --methods scratch,random --seeds 5
     """
     from orchestrator.comparison import Request
     from orchestrator.comparison import compare as run
@@ -228,6 +229,22 @@ def report(run: Path) -> None:
 
 
 @main.command()
+@click.argument("section", required=False)
+@_told_plainly
+def settings(section: str | None) -> None:
+    """List what a config may hold, with meanings and defaults: everything, or one SECTION.
+
+    \b
+    Examples:
+      rayduce settings truncation
+      rayduce settings data                           # the sources of data
+    """
+    from orchestrator.settings import describe
+
+    click.echo(describe(section))
+
+
+@main.command()
 @_told_plainly
 def doctor() -> None:
     """Tell what this machine has, what it lacks, and what to do.
@@ -244,28 +261,7 @@ def doctor() -> None:
 
 @main.group()
 def data() -> None:
-    """List and prepare datasets."""
-
-
-@data.command(name="list")
-@_told_plainly
-def data_list() -> None:
-    """List the sources that `data.source` can name, with their settings."""
-    from inspect import cleandoc
-    from textwrap import indent
-
-    from orchestrator.data.sources import SOURCES
-
-    for name, source in SOURCES.items():
-        print(f"{name}\n{indent(cleandoc(source.__doc__ or ''), '  ')}")
-        for key, field in source.model_fields.items():
-            if key != "source":
-                default = (
-                    "required"
-                    if field.is_required()
-                    else f"default {'none' if field.default is None else field.default}"
-                )
-                print(f"    data.{key}: {field.description} ({default})")
+    """Prepare datasets."""
 
 
 @data.command(name="prepare")

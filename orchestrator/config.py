@@ -557,14 +557,14 @@ def _valid_keys(location: Sequence[Any]) -> list[str]:
         if _is_tag(location, i):
             models = [m for m in models if (part,) in (get_args(f.annotation) for f in m.model_fields.values())]
         else:
-            models = [m for model in models for m in _models_in(model.model_fields[part].annotation)]
+            models = [m for model in models for m in models_in(model.model_fields[part].annotation)]
     return [name for model in models for name in model.model_fields]
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: Any) -> list[type[BaseModel]]:
     """The pydantic models that a field may hold, through Annotated and unions."""
     if get_origin(annotation) is Annotated:
-        return _models_in(get_args(annotation)[0])
+        return models_in(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
-        return [model for option in get_args(annotation) for model in _models_in(option)]
+        return [model for option in get_args(annotation) for model in models_in(option)]
     return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
+from orchestrator.cli import main
 from orchestrator.config import RunConfig, load_config, parse_config, refuse_other_run
+from orchestrator.data.sources import SOURCES
 from orchestrator.errors import UserError
 
+QUICKSTART = Path(__file__).resolve().parents[1] / "configs/quickstart.yaml"
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("**/*.yaml"))
 
 
@@ -209,3 +215,34 @@ def test_resuming_refuses_what_would_make_it_another_run(
     else:
         with pytest.raises(UserError, match=next(iter(change))):
             refuse_other_run(changed, saved.model_dump(mode="json"))
+
+
+def test_all_settings_are_listed_where_a_config_has_them() -> None:
+    """What is printed is YAML but for the words behind a key, one document a variant of data and model."""
+    listed = CliRunner().invoke(main, ["settings"])
+    assert listed.exit_code == 0
+    for line in listed.output.splitlines():
+        assert re.fullmatch(r" *(#.*|\w+:|\w+: \w+|\w+: .+ \(.*(required|default .+)\))", line), line
+    for section, variants in (("data", SOURCES), ("model", ("lru", "mamba", "mamba2")), ("truncation", ("",))):
+        part = CliRunner().invoke(main, ["settings", section]).output
+        assert part.count(f"{section}:\n") == len(variants)
+        assert part in listed.output
+    dumped = load_config(QUICKSTART).model_dump()
+    dumped["truncation"] |= {"stable": {"probes": 10}, "guard": {"patience": 0}}
+    for key in leaves(dumped):
+        assert re.search(rf"^ *{key}:", listed.output, flags=re.MULTILINE), key
+
+
+def leaves(part: dict[str, Any]) -> Iterator[str]:
+    for key, value in part.items():
+        yield key
+        if isinstance(value, dict):
+            yield from leaves(value)
+
+
+def test_an_unknown_section_is_refused_in_one_sentence() -> None:
+    told = CliRunner().invoke(main, ["settings", "trian"])
+    assert told.exit_code == 2
+    assert told.stderr == (
+        "rayduce: section 'trian' must be one of: data, model, train, truncation, cluster, tracking, checkpoints\n"
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from orchestrator.data import arrow
 from orchestrator.data.batches import Batch, TrainBatches, validation_batches
 from orchestrator.data.images import Digits
 from orchestrator.data.recall import Recall
-from orchestrator.data.sources import SOURCES, prepare
+from orchestrator.data.sources import prepare
 from orchestrator.data.text import StdlibText, TextFiles
 from orchestrator.errors import UserError
 
@@ -173,16 +172,6 @@ def test_damaged_datasets_are_refused_by_name(tmp_path: Path) -> None:
     (folder / arrow.DESCRIPTION).write_text("{")
     with pytest.raises(UserError, match=r"dataset\.json is damaged"):
         arrow.describe(folder)
-
-
-def test_every_source_is_listed_with_all_its_settings() -> None:
-    listed = CliRunner().invoke(main, ["data", "list"])
-    assert listed.exit_code == 0
-    blocks = re.split(r"^(?=\w)", listed.output, flags=re.MULTILINE)[1:]
-    assert [block.split("\n", 1)[0] for block in blocks] == list(SOURCES)
-    for block, source in zip(blocks, SOURCES.values(), strict=True):
-        named = re.findall(r"^    data\.(\w+): .+ \((?:required|default .+)\)$", block, flags=re.MULTILINE)
-        assert named == [name for name in source.model_fields if name != "source"]
 
 
 def test_a_dataset_is_prepared_by_command(tmp_path: Path) -> None:

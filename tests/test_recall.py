@@ -145,10 +145,7 @@ def test_a_damaged_dataset_is_refused(tmp_path: Path) -> None:
         TrainBatches(folder, 24, 6, 0, 0, 1)
 
 
-def test_the_command_lists_and_prepares_it(tmp_path: Path) -> None:
-    listed = CliRunner().invoke(main, ["data", "list"], catch_exceptions=False)
-    assert "recall\n" in listed.output
-    assert "data.random_non_queries" in listed.output
+def test_the_command_prepares_it(tmp_path: Path) -> None:
     settings = [f"{key}={value}" for key, value in SMALL.items() if key != "source"]
     options = ["data", "prepare", "recall", *settings, "--data-root", str(tmp_path)]
     prepared = CliRunner().invoke(main, options, catch_exceptions=False)
