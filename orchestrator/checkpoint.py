@@ -154,6 +154,15 @@ def delete(path: Folder) -> None:
         raise CheckpointError(f"checkpoint {path} cannot be deleted: {reason(error)}") from error
 
 
+def remedy(damaged: Folder) -> str:
+    """What a person can do about a checkpoint that cannot be read."""
+    folder, step = damaged.parent, _step_of(damaged.name)
+    earlier = [s for s in steps(folder) if step is not None and s < step and at(folder, s).has(MANIFEST)]
+    if earlier:
+        return f"delete {damaged} to continue from the one before, of step {earlier[-1]}"
+    return "bring its files back from a copy; without them this run cannot continue, and another name= starts a new one"
+
+
 def verify(path: Folder) -> Manifest:
     """The manifest of a checkpoint whose files are all as they were written.
 
@@ -173,7 +182,7 @@ def verify(path: Folder) -> Manifest:
         if digest is None:
             raise UserError(f"checkpoint shard {file} is missing")
         if digest != shard.sha256:
-            raise UserError(f"checkpoint shard {file} is damaged; delete {path} to continue from the one before")
+            raise UserError(f"checkpoint shard {file} is damaged; {remedy(path)}")
 
     with ThreadPoolExecutor(_READERS, thread_name_prefix="verify") as pool:
         list(pool.map(check, manifest.shards))
@@ -234,8 +243,5 @@ def read_manifest(path: Folder) -> Manifest:
     if manifest.shard_of.keys() != manifest.shapes.keys() or not all(named):
         raise UserError(f"checkpoint manifest {file} is damaged: it names no shard for some of its parameters")
     if _step_of(path.name) not in (None, manifest.step):
-        raise UserError(
-            f"checkpoint manifest {file} is of step {manifest.step}, not of its folder's; delete {path} to continue "
-            "from the one before"
-        )
+        raise UserError(f"checkpoint manifest {file} is of step {manifest.step}, not of its folder's; {remedy(path)}")
     return manifest

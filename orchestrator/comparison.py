@@ -95,9 +95,9 @@ def compare(config: RunConfig, request: Request) -> list[Row]:
         refuse_another_request(folder, asked)
         task = describe(prepare(config.data, config.data_root)).task
         terminal = stack.enter_context(chatter_to(folder / "logs" / "ray.log"))
+        stop = stack.enter_context(stop_request())
         stack.enter_context(ray_cluster(config))
         remember_request(folder, asked)
-        stop = stack.enter_context(stop_request())
         tracker = stack.enter_context(parent_run(config, folder, terminal.line))
         crew = stack.enter_context(Crew(config.cluster, folder / "ray_train", folder / "logs" / "ray.log"))
         team = _Team(crew, stop, tracker, task, terminal)

@@ -68,6 +68,10 @@ class Folder:
         return self.path.rpartition("/")[2]
 
     @property
+    def parent(self) -> Folder:
+        return Folder(self.filesystem, self.path.rpartition("/")[0], self.retry_s)
+
+    @property
     def is_local(self) -> bool:
         return isinstance(self.filesystem, LocalFileSystem)
 

@@ -84,9 +84,9 @@ def train(config: RunConfig, lent: Lent | None = None) -> dict[str, Any]:
         _check_teacher(config, data)
         own = stack.enter_context(chatter_to(folder / "logs" / "ray.log"))
         terminal = (lent.terminal if lent else None) or own
+        stop = lent.stop if lent else stack.enter_context(stop_request())
         if lent is None:
             stack.enter_context(ray_cluster(config))
-        stop = lent.stop if lent else stack.enter_context(stop_request())
         if earlier is None:
             start_over(config, folder)
         write_whole(folder / "config.yaml", config.to_yaml())

@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from urllib.parse import urlsplit
 
 import ray
@@ -58,7 +61,7 @@ def cluster_address() -> str:
 def _connect(address: str) -> None:
     for attempt in range(1, START_TRIES + 1):
         try:
-            ray.init(address, include_dashboard=False, logging_level=logging.WARNING)
+            _aside(partial(ray.init, address, include_dashboard=False, logging_level=logging.WARNING))
         except ConnectionError as error:
             raise UserError(
                 f"RAY_ADDRESS {address}: no Ray cluster answers; unset it to train on this machine"
@@ -77,6 +80,24 @@ def _connect(address: str) -> None:
                 raise UserError(f"Ray did not start within 30 s, {attempt} times; this machine is too busy") from error
         else:
             return
+
+
+def _aside(start: Callable[[], object]) -> None:
+    """Start Ray in a thread of its own: in the main one it takes SIGTERM, to end the process without a word.
+
+    The thread stays, because what Ray starts on this machine dies with the thread that started it.
+    """
+    done: Future[object] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(start())
+        except Exception as error:  # noqa: BLE001 -- raised where the caller waits
+            done.set_exception(error)
+        threading.Event().wait()
+
+    threading.Thread(target=run, name="ray", daemon=True).start()
+    done.result()
 
 
 def _check_resources(config: RunConfig, may_grow: bool) -> None:

@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,11 @@ def run_folder(config: RunConfig, retry_s: float = 0) -> Iterator[Path]:
     with hold_folder(folder):
         try:
             (folder / "plans").mkdir(exist_ok=True)
-            _create(folder, config, retry_s)
-            yield folder
+            checkpoints = _create(folder, config, retry_s)
+            # Runs of one name below two `storage`s may share it; stores know no locks.
+            apart = checkpoints.is_local and config.checkpoints.storage is not None
+            with _locked(Path(checkpoints.path), "checkpoints.storage") if apart else nullcontext():
+                yield folder
         except UserError:
             if new and not (folder / "config.yaml").exists():
                 shutil.rmtree(folder)
@@ -69,11 +72,20 @@ def hold_folder(folder: Path) -> Iterator[None]:
     """
     try:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("a+")
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"storage {folder.parent} cannot be written: {error.filename} is in the way") from error
     except OSError as error:
         raise UserError(f"storage {folder.parent} cannot be written: {error.strerror}") from error
+    with _locked(folder, "storage"):
+        yield
+
+
+@contextmanager
+def _locked(folder: Path, setting: str) -> Iterator[None]:
+    try:
+        lock = (folder / LOCK).open("a+")
+    except OSError as error:
+        raise UserError(f"{setting} {folder.parent} cannot be written: {error.strerror}") from error
     with lock:
         try:
             # The kernel's lock, on NFS too: it is gone with the process, however that ends.
@@ -84,14 +96,14 @@ def hold_folder(folder: Path) -> Iterator[None]:
                 f"run {folder} is being trained by {lock.read()}; wait for its end, or give this run another name="
             ) from None
         except OSError as error:
-            raise UserError(f"storage {folder.parent} cannot be locked: {error.strerror}") from error
+            raise UserError(f"{setting} {folder.parent} cannot be locked: {error.strerror}") from error
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
         yield
 
 
-def _create(folder: Path, config: RunConfig, retry_s: float) -> None:
+def _create(folder: Path, config: RunConfig, retry_s: float) -> Folder:
     storage = config.checkpoints.storage
     checkpoints = checkpoints_of(folder, storage, retry_s)
     if storage is not None and earlier_storage(folder) == storage:
@@ -109,6 +121,7 @@ def _create(folder: Path, config: RunConfig, retry_s: float) -> None:
             f"checkpoints.storage: {checkpoints} cannot be written ({reason(error)}); it must be a folder or a bucket "
             "that exists and that you may write"
         ) from error
+    return checkpoints
 
 
 def earlier_start(config: RunConfig, folder: Path, retry_s: float = 0) -> Manifest | None:

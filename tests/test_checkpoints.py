@@ -403,8 +403,11 @@ def test_damaged_missing_and_swapped_files_are_refused_by_name(folder: Folder) -
     assert theirs is not None
     for wrong in (theirs, content[:-1], content[:-1] + bytes([content[-1] ^ 1])):
         path.write(shard.file, wrong)
-        with pytest.raises(UserError, match=f"checkpoint shard .*{shard.file} is damaged; delete .*step-00000005 to"):
+        with pytest.raises(UserError, match=f"checkpoint shard .*{shard.file} is damaged; bring its files back"):
             checkpoint.verify(path)
+    write(folder, 3)
+    with pytest.raises(UserError, match=r"is damaged; delete .*step-00000005 to continue from the one .* step 3$"):
+        checkpoint.verify(path)
     path.write(shard.file, content)
     path.delete(other.file)
     with pytest.raises(UserError, match=f"checkpoint shard .*{other.file} is missing"):

@@ -222,6 +222,20 @@ def test_a_folder_has_one_driver_at_a_time_until_that_is_killed(small_run: dict[
         pass
 
 
+def test_runs_of_one_name_do_not_share_storage_of_checkpoints(small_run: dict[str, Any], tmp_path: Path) -> None:
+    """Each would delete what the other saves, though their folders are two."""
+    config = parse_config(small_run | {"checkpoints": {"storage": str(tmp_path / "saved")}})
+    other = config.model_copy(update={"storage": tmp_path / "elsewhere"})
+    with (
+        run_folder(config),
+        pytest.raises(UserError, match=f"run .*saved/small is being trained by process {os.getpid()}"),run_folder(other)
+    ):
+        pass
+    assert not (tmp_path / "elsewhere" / "small").exists()
+    with run_folder(other):
+        pass
+
+
 def _trained(folder: Path, step: int) -> bool:
     path = folder / "metrics.jsonl"
     return path.exists() and "train_loss" in path.read_text() and max(losses(folder)) >= step
@@ -248,6 +262,17 @@ def test_a_signal_ends_the_run_with_a_checkpoint(number: signal.Signals, small_r
     assert f"continued after step {stopped}" in shown
     assert list(losses(folder)) == list(range(1, 301))
     assert json.loads((folder / "summary.json").read_text())["final_dims"] == [4, 4]
+
+
+@pytest.mark.long
+def test_a_signal_while_ray_starts_ends_the_run(small_run: dict[str, Any]) -> None:
+    driver = start(small_run)
+    wait_while_running(driver, (Path(small_run["storage"]) / "small" / "logs" / "ray.log").exists, "Ray's start")
+    driver.send_signal(signal.SIGTERM)
+    _, said = driver.communicate(timeout=HANGS_S)
+    assert driver.returncode == 128 + signal.SIGTERM, said
+    assert "the same command continues" in said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.long

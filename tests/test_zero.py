@@ -365,15 +365,15 @@ def peak_of_a_cut(rank: int, config: RunConfig) -> tuple[float, float]:
 
 
 def test_under_zero_3_a_cut_holds_one_layer_at_a_time(pair: Pair) -> None:
-    """Beside the half of the new state that a rank keeps: a layer as it was, and as it becomes.
+    """Beside the half of the new state that a rank keeps: a layer as it was, and what the cut changes of it.
 
-    With all layers read at once it would be 2.4 times what is allowed.
+    With all layers read at once it would be 2.5 times what is allowed.
     """
     config = config_of("mamba", cluster={"zero_stage": 3})
     layers = 16
     model = config.model.model_copy(update={"d_model": 384, "n_layers": layers})
     for peak, whole in pair(peak_of_a_cut, config.model_copy(update={"model": model})):
-        assert peak <= whole / 2 + 2 * whole / layers
+        assert peak <= whole / 2 + 1.5 * whole / layers
 
 
 LEFT_BEHIND = """
