@@ -9,7 +9,7 @@ import secrets
 import shlex
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,18 +163,37 @@ class MlflowTracker:
             else:
                 experiment_id = found.experiment_id
             self._run_id = self._begun(experiment_id) or self._begin(experiment_id, run_name)
-            self._catch_up()
+            self._catch_up(self._history)
             self._send_metrics()
             pairs = [Param(key, str(value)) for key, value in params.items()]
             for first in range(0, len(pairs), 100):  # MLflow's limit a call
                 self._client.log_batch(self._run_id, params=pairs[first : first + 100])
+        else:
+            self._catch_up(self._unsent(self._run_id))
         self._history = ()
         self._connected.set()
 
-    def _catch_up(self) -> None:
+    def _unsent(self, run_id: str) -> Iterator[Mapping[str, float]]:
+        """What the run has measured, but MLflow was not told before the driver was killed: the end of its history."""
+        known: dict[str, set[int]] = {}
+
+        def steps(key: str) -> set[int]:
+            if key not in known:
+                known[key] = {metric.step for metric in self._client.get_metric_history(run_id, key)}
+            return known[key]
+
+        last = max(steps("train_loss"), default=0)
+        for row in self._history:
+            step = int(row["step"])
+            if step >= last:
+                new = {key for key in row if key not in _NO_METRICS and step not in steps(key)}
+                yield {"step": step} | {key: row[key] for key in new}
+
+    def _catch_up(self, rows: Iterable[Mapping[str, float]]) -> None:
         now = int(time.time() * 1000)
-        rows = [(row, int(row["step"])) for row in self._history]
-        told = [(key, value, now, step) for row, step in rows for key, value in row.items() if key not in _NO_METRICS]
+        told = [
+            (key, value, now, int(row["step"])) for row in rows for key, value in row.items() if key not in _NO_METRICS
+        ]
         with self._lock:
             self._metrics[:0] = told
 

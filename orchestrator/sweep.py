@@ -5,7 +5,9 @@ A sweep's folder holds its trials' folders, the trunk that they share, and what 
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
 import signal
 import threading
 import time
@@ -18,6 +20,7 @@ from types import FrameType
 from typing import Any, Literal
 
 import numpy as np
+import optuna
 import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
@@ -49,7 +52,7 @@ from orchestrator.sweep_report import (
     write_sweep_report,
 )
 from orchestrator.terminal import Terminal, chatter_to, dims, duration
-from orchestrator.trial import OBJECTIVES, OUTCOME, Sweep, Trial, conclude
+from orchestrator.trial import AGAIN, OBJECTIVES, OUTCOME, Sweep, Trial, conclude
 from orchestrator.trunk import NAME, share_a_trunk, untruncated
 
 Search = Literal["tpe", "random", "grid"]
@@ -106,11 +109,11 @@ def tune_schedules(config: RunConfig, request: Request) -> dict[str, Any]:
         if request.share and not shared:
             terminal.line(f"nothing to share: space {space.name} changes the training before the first cut too")
         ahead = max((space.config(base, point).probe_steps[0] - 1 for point in points), default=0)
-        sweep = Sweep(base, space, shared, tracker.run_id if tracker is not None else None, ahead, at_a_time)
+        sweep = Sweep(base, space, shared, tracker.run_id if tracker is not None else None, ahead)
         total = len(points) if request.search != "tpe" else request.samples
         assert total is not None
         terminal.line(f"sweep {folder.name}: {total} trials, {at_a_time} at a time; {', '.join(request.objectives)}")
-        _conclude_rest(sweep, _run(sweep, request, points, total, terminal), terminal)
+        _conclude_rest(sweep, _run(sweep, request, points, total, at_a_time, terminal), terminal)
         found = outcomes(folder)
         if not any(outcome.status == "finished" for outcome in found):
             raise TrainingError(f"no trial of {folder} came to its end; each one's error is in its {OUTCOME}")
@@ -154,17 +157,17 @@ def check(config: RunConfig, request: Request) -> tuple[Space, list[Point]]:
         raise UserError(f"--pruning {request.pruning} needs val_loss or val_accuracy, not {request.objectives[0]}")
     if request.search == "grid" and request.samples is not None:
         raise UserError("--samples is for random and tpe: a grid has as many trials as it has points")
-    if request.search != "grid" and (request.samples is None or request.samples < 1):
+    if request.search != "grid" and request.samples is None:
+        raise UserError(f"--search {request.search} needs --samples, how many trials to make")
+    if request.samples is not None and request.samples < 1:
         raise UserError(f"--samples {request.samples} must be 1 or more")
     if request.concurrent is not None and request.concurrent < 1:
         raise UserError(f"--concurrent {request.concurrent} must be 1 or more")
     space.check(config)
-    if request.search == "grid":
-        return space, space.grid()
-    generator = np.random.default_rng(config.seed)
-    # TPE draws at random until it has something to go by.
-    count = request.samples if request.search == "random" else 0
-    points = [space.random_point(generator) for _ in range(count or 0)]
+    points = space.grid() if request.search == "grid" else []
+    if request.search == "random":
+        generator = np.random.default_rng(config.seed)
+        points = [space.random_point(generator) for _ in range(request.samples or 0)]
     for point in points:
         space.config(config, point)
     return space, points
@@ -185,7 +188,7 @@ def room_for(config: RunConfig) -> int:
 
 
 def _run(
-    sweep: Sweep, request: Request, points: Sequence[Point], total: int, terminal: Terminal
+    sweep: Sweep, request: Request, points: Sequence[Point], total: int, at_a_time: int, terminal: Terminal
 ) -> list[tune.experiment.Trial]:
     """All trials that have not ended yet, under Ray Tune; those that have failed, again.
 
@@ -196,43 +199,56 @@ def _run(
     # A trial's workers reserve what they need. It takes no core itself, but Ray Tune will not have it take nothing.
     resources = tune.PlacementGroupFactory([{"CPU": 0, "memory": 1}])
     trainable = tune.with_resources(tune.with_parameters(Trial, sweep=sweep), resources)
-    experiment = folder / "tune"
-    # What begins and ends between two of its saves is trained again after a kill.
-    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
-    searcher = OptunaSearch(
-        space=optuna_space(sweep.space),
-        metric=list(request.objectives),
-        mode=[OBJECTIVES[objective] for objective in request.objectives],
-        points_to_evaluate=list(points) or None,
-        seed=sweep.base.seed % 2**32,  # as NumPy takes them
-    )
-    search, scheduler = _AtATime(searcher, max_concurrent=sweep.at_a_time), _scheduler(sweep, request, points)
-    # Killed before its first save, Ray Tune could not restore what it says it can.
-    if tune.Tuner.can_restore(str(experiment)) and any(experiment.glob("experiment_state-*.json")):
+    ended = [outcome for outcome in outcomes(folder) if outcome.status not in AGAIN]
+    left = total - len(ended)
+    if left == 0:
+        return []
+    if ended:
         terminal.line("continuing the sweep: trials that have finished or were pruned are not repeated")
-        tuner = tune.Tuner.restore(str(experiment), trainable=trainable, resume_errored=True)
-        # Ray Tune's own are as they were before the first trial; it restores the search's state alone.
-        tuner._local_tuner._tune_config.search_alg = search
-        tuner._local_tuner._tune_config.scheduler = scheduler
-    else:
-        tune_config = tune.TuneConfig(search_alg=search, scheduler=scheduler, num_samples=total, reuse_actors=True)
-        # A run keeps its own checkpoints.
-        none = tune.CheckpointConfig(checkpoint_at_end=False)
-        run_config = tune.RunConfig(name=experiment.name, storage_path=str(folder), checkpoint_config=none)
-        tuner = tune.Tuner(trainable, tune_config=tune_config, run_config=run_config)
+    search = ConcurrencyLimiter(_searcher(sweep, request, points, ended), max_concurrent=at_a_time)
+    tune_config = tune.TuneConfig(
+        search_alg=search, scheduler=_scheduler(sweep, request, points), num_samples=left, reuse_actors=True
+    )
+    # What is to be remembered is in the trials' folders, a run's own checkpoints among it.
+    experiment = folder / "tune"
+    shutil.rmtree(experiment, ignore_errors=True)
+    none = tune.CheckpointConfig(checkpoint_at_end=False)
+    run_config = tune.RunConfig(name=experiment.name, storage_path=str(folder), checkpoint_config=none)
+    tuner = tune.Tuner(trainable, tune_config=tune_config, run_config=run_config)
     with _sigterm_as_sigint() as terminated, _shown(folder, total, request.objectives[0], terminal):
         trials: list[tune.experiment.Trial] = tuner.fit()._experiment_analysis.trials
-    if len(trials) < total or not all(map(_ended, trials)):
+    if len(trials) < left or not all(map(_ended, trials)):
         number = signal.SIGTERM if terminated else signal.SIGINT
         raise Interrupted(f"sweep {folder.name} stopped; the same command continues it", number)
     return trials
 
 
-class _AtATime(ConcurrencyLimiter):  # type: ignore[misc]
-    """As many trials as it was made for, whatever it was before the sweep was continued."""
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        super().set_state(state | {"max_concurrent": self.max_concurrent})
+def _searcher(sweep: Sweep, request: Request, points: Sequence[Point], ended: Sequence[Outcome]) -> OptunaSearch:
+    """What proposes points, and knows what came of those that have ended; first those that begin once more."""
+    modes = [OBJECTIVES[objective] for objective in request.objectives]
+    distributions = optuna_space(sweep.space)
+    storage = optuna.storages.InMemoryStorage()
+    directions = ["minimize" if mode == "min" else "maximize" for mode in modes]
+    study = optuna.create_study(storage=storage, study_name=sweep.space.name, directions=directions)
+    for outcome in ended:
+        values = [outcome.objectives.get(objective, math.nan) for objective in request.objectives]
+        if all(map(math.isfinite, values)):
+            study.add_trial(optuna.trial.create_trial(params=outcome.point, distributions=distributions, values=values))
+    begun = [outcome.point for outcome in outcomes(sweep.base.storage)]
+    again = [outcome.point for outcome in outcomes(sweep.base.storage) if outcome.status in AGAIN]
+    fresh = list(points)
+    for point in begun:
+        if point in fresh:
+            fresh.remove(point)
+    return OptunaSearch(
+        space=distributions,
+        metric=list(request.objectives),
+        mode=modes,
+        points_to_evaluate=again + fresh or None,
+        storage=storage,
+        study_name=sweep.space.name,
+        seed=sweep.base.seed % 2**32,  # as NumPy takes them
+    )
 
 
 def _ended(trial: tune.experiment.Trial) -> bool:
@@ -311,7 +327,7 @@ def _shown(folder: Path, total: int, objective: str, terminal: Terminal) -> Iter
 
 
 def _scheduler(sweep: Sweep, request: Request, points: Sequence[Point]) -> TrialScheduler:
-    """What judges trials; ASHA knows those of the sweep that have been judged before it was interrupted."""
+    """What judges trials; ASHA by those too that had ended before the sweep was continued."""
     if request.pruning == "none":
         return FIFOScheduler()
     base, metric = sweep.base, request.objectives[0]
@@ -360,7 +376,9 @@ def _baselines(sweep: Sweep, best: Outcome, terminal: Terminal) -> dict[str, dic
     base = sweep.base
     full = untruncated(base, NAME)  # goes on where the trunk has ended
     raw = full.model_dump(mode="json")
-    scratch = parse_config(raw | {"name": "scratch", "model": raw["model"] | {"d_state": best.final_dims}})
+    # A trial that is tried again may become the best, with other dimensions.
+    name = "-".join(map(str, ["scratch", *best.final_dims]))
+    scratch = parse_config(raw | {"name": name, "model": raw["model"] | {"d_state": best.final_dims}})
     summaries = {}
     log = base.storage / "logs" / "ray.log"
     with stop_request() as stop, Crew(base.cluster, base.storage / "ray_train", log) as crew:
@@ -388,6 +406,7 @@ def _describe(summary: dict[str, Any], folder: Path) -> list[str]:
     ]
     lines += [f"  failed   {row['trial']}: {row['error']}" for row in summary["trials"] if row["status"] == "failed"]
     trained, naive = summary["steps_trained"], summary["steps_naive"]
-    lines.append(f"  steps    {trained} trained, {naive} without sharing ({summary['share']:.2f})")
+    what = "if every trial were trained alone and to its end"
+    lines.append(f"  steps    {trained} trained, {naive} {what} ({summary['share']:.2f})")
     lines.append(f"  files    {folder} (report.html, best.yaml, trials.parquet, sweep.json, figures)")
     return lines

@@ -25,7 +25,7 @@ from orchestrator.figures import BLUE, GREEN, GREY, VERMILION, figure_of, style
 from orchestrator.report import TEMPLATES
 from orchestrator.run_folder import Json, metrics_so_far, write_whole
 from orchestrator.space import Space, optuna_space
-from orchestrator.trial import OUTCOME, POINT, final, measured
+from orchestrator.trial import AGAIN, POINT, final, measured, status_of
 
 SUMMARY = "sweep.json"
 FEWEST = 4  # trials from which importances say anything
@@ -68,22 +68,22 @@ class Outcome:
 
 def statuses(folder: Path) -> list[str]:
     """Of every trial that has begun: finished, pruned, failed or running."""
-    return [_status(trial)[0] for trial in _trials(folder)]
+    return [status_of(trial)[0] for trial in _trials(folder)]
 
 
 def running(folder: Path) -> list[tuple[Path, str]]:
     """Folder and Ray Tune's id of every trial that has not ended."""
-    open_ = [trial for trial in _trials(folder) if _status(trial)[0] == "running"]
+    open_ = [trial for trial in _trials(folder) if status_of(trial)[0] == "running"]
     return [(trial, _begun(trial)["trial_id"]) for trial in open_]
 
 
 def measured_from(folder: Path, objective: str, step: int) -> dict[str, float]:
-    """Of every trial that has come so far, by Ray Tune's id, an objective as first measured at this step or later."""
+    """An objective as first measured at this step or later, of every trial that has finished or was pruned."""
     found = {}
     for trial in _trials(folder):
         rows = [row for row in metrics_so_far(trial) if row["step"] >= step and objective in row]
-        if rows:
-            found[_begun(trial)["trial_id"]] = float(rows[0][objective])
+        if rows and status_of(trial)[0] not in AGAIN:
+            found[trial.name] = float(rows[0][objective])
     return found
 
 
@@ -94,7 +94,7 @@ def outcomes(folder: Path) -> list[Outcome]:
 
 def best_so_far(folder: Path, objective: str, mode: str) -> tuple[str, float] | None:
     """The finished trial that is best in one objective, and its value there."""
-    finished = [trial for trial in _trials(folder) if _status(trial)[0] == "finished"]
+    finished = [trial for trial in _trials(folder) if status_of(trial)[0] == "finished"]
     values = {trial.name: final(json.loads((trial / "summary.json").read_text()))[objective] for trial in finished}
     best = (min if mode == "min" else max)(values, key=values.__getitem__, default=None)
     return (best, values[best]) if best is not None else None
@@ -162,7 +162,7 @@ def render(folder: Path) -> Path:
     """
     path = folder / SUMMARY
     if not path.exists():
-        raise UserError(f"{folder} has no {SUMMARY}: expected the folder of a sweep that has ended")
+        raise UserError(f"{folder} has no {SUMMARY}: the report of a sweep is drawn when it has ended")
     summary = json.loads(path.read_text())
     figures = {
         "pareto_train_seconds": _pareto(summary, "train_seconds", "seconds of training"),
@@ -212,16 +212,8 @@ def _begun(trial: Path) -> Json:
     return noted
 
 
-def _status(trial: Path) -> tuple[str, str | None]:
-    path = trial / OUTCOME
-    if not path.exists():
-        return "running", None
-    found = json.loads(path.read_text())
-    return found["status"], found["error"]
-
-
 def _outcome(trial: Path) -> Outcome:
-    status, error = _status(trial)
+    status, error = status_of(trial)
     point = _begun(trial)["point"]
     branch = trial / "branch.json"
     trunk_step = int(json.loads(branch.read_text())["step"]) if branch.exists() else 0
@@ -234,7 +226,8 @@ def _outcome(trial: Path) -> Outcome:
         return Outcome(
             trial.name, point, status, None, final(summary), first, trunk_step, last_step, summary["final_dims"]
         )
-    held_out = [row for row in rows if "val_loss" in row]
+    # Up to its beginning they are the trunk's.
+    held_out = [row for row in rows if "val_loss" in row and row["step"] > trunk_step]
     objectives = measured(held_out[-1]) if held_out else {}
     return Outcome(trial.name, point, status, error, objectives, None, trunk_step, last_step, [])
 

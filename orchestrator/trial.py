@@ -7,11 +7,10 @@ import queue
 import secrets
 import signal
 import threading
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ray import tune
 
@@ -25,9 +24,11 @@ from orchestrator.mlflow_tracker import Nesting
 from orchestrator.run_folder import write_whole
 from orchestrator.signals import StopRequest
 from orchestrator.space import Space
-from orchestrator.trunk import POLL_S, branch, taken, trunk_of
+from orchestrator.trunk import branch, trunk_of
 
 POINT, OUTCOME = "point.json", "outcome.json"
+# What a sweep that is continued trains (again): a trial that its end has interrupted, and one that has failed.
+AGAIN = ("running", "failed")
 OBJECTIVES = {"val_loss": "min", "val_accuracy": "max", "states": "min", "train_seconds": "min"}
 
 
@@ -41,8 +42,6 @@ class Sweep:
     parent_run_id: str | None
     ahead: int = 0
     """The last step of the trunk that a trial begins after, as far as that is known."""
-    at_a_time: int = 1
-    """Trials that train at once; those beyond wait for room."""
     start: str = field(default_factory=lambda: secrets.token_hex(8))
     """Tells apart the starts of a sweep that was interrupted."""
 
@@ -74,7 +73,6 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         self._sweep = sweep
         base = sweep.base
         self._crew = Crew(base.cluster, base.storage / "ray_train", base.storage / "logs" / "ray.log")
-        self._room: IO[str] | None = None
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -91,8 +89,6 @@ class Trial(tune.Trainable):  # type: ignore[misc]
     def cleanup(self) -> None:
         self._end()
         self._crew.close()
-        if self._room is not None:
-            self._room.close()
 
     def _begin(self, point: dict[str, Any]) -> None:
         self._results: queue.Queue[Any] = queue.Queue()
@@ -105,24 +101,6 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         self._stop.signal = signal.SIGTERM
         self._thread.join()
 
-    def _take_room(self) -> None:
-        """Wait until there is room for this process's workers, and keep it: what has failed begins again all at once.
-
-        Raises:
-            Interrupted: the trial was stopped meanwhile.
-        """
-        places = [self._sweep.base.storage / f"room-{number}.lock" for number in range(self._sweep.at_a_time)]
-        while self._room is None:
-            for place in places:
-                lock = place.open("a")
-                if taken(lock):
-                    self._room = lock
-                    return
-                lock.close()
-            if self._stop.signal is not None:
-                raise Interrupted("stopped before there was room for it", self._stop.signal)
-            time.sleep(POLL_S)
-
     def _run(self, folder: Path, point: dict[str, Any]) -> None:
         sweep = self._sweep
         base = sweep.base.model_copy(update={"name": folder.name})
@@ -130,7 +108,6 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         words: str | None
         (folder / OUTCOME).unlink(missing_ok=True)
         try:
-            self._take_room()
             config = sweep.space.config(base, point)
             progress = Progress(self._results)
             tags = {"trial": base.name}
@@ -152,22 +129,13 @@ class Trial(tune.Trainable):  # type: ignore[misc]
 
 
 def _trial_folder(sweep: Sweep, trial_id: str, point: Mapping[str, Any]) -> Path:
-    """The folder of a trial, numbered in the order of their beginnings; after an interruption the one it had.
-
-    Ray Tune saves its state every second: what began after that, before a kill, it proposes again as a new trial.
-    """
+    """The folder of a trial, numbered in the order of their beginnings; of one that an earlier start left, its own."""
     note = {"trial_id": trial_id, "start": sweep.start, "point": dict(point)}
-    began = {path.parent: json.loads(path.read_text()) for path in sweep.base.storage.glob(f"trial-*/{POINT}")}
-    own = [folder for folder, other in began.items() if other["trial_id"] == trial_id]
-    left = [
-        folder
-        for folder, other in began.items()
-        if other["point"] == note["point"] and other["start"] != sweep.start and not (folder / OUTCOME).exists()
-    ]
-    if own or left:
-        folder = [*own, *left][0]
-        write_whole(folder / POINT, json.dumps(note) + "\n")
-        return folder
+    for path in sorted(sweep.base.storage.glob(f"trial-*/{POINT}")):
+        other = json.loads(path.read_text())
+        if other["point"] == note["point"] and other["start"] != sweep.start and status_of(path.parent)[0] in AGAIN:
+            write_whole(path, json.dumps(note) + "\n")
+            return path.parent
     number = len(list(sweep.base.storage.glob("trial-*")))
     while True:
         folder = sweep.base.storage / f"trial-{number:05d}"
@@ -178,6 +146,15 @@ def _trial_folder(sweep: Sweep, trial_id: str, point: Mapping[str, Any]) -> Path
             continue
         write_whole(folder / POINT, json.dumps(note) + "\n")
         return folder
+
+
+def status_of(folder: Path) -> tuple[str, str | None]:
+    """How a trial has ended, finished, pruned or failed, or that it is running; and its error, where it has one."""
+    path = folder / OUTCOME
+    if not path.exists():
+        return "running", None
+    found = json.loads(path.read_text())
+    return found["status"], found["error"]
 
 
 def conclude(folder: Path, status: str, error: str | None = None) -> None:

@@ -101,14 +101,14 @@ def _alone(sweep: Path, stop: StopRequest) -> Iterator[None]:
     """
     sweep.mkdir(parents=True, exist_ok=True)
     with (sweep / "trunk.lock").open("a") as lock:
-        while not taken(lock):
+        while not _taken(lock):
             if stop.signal is not None:
                 raise Interrupted(f"stopped before the beginning that runs of {sweep.name} share", stop.signal)
             time.sleep(POLL_S)
         yield
 
 
-def taken(lock: IO[str]) -> bool:
+def _taken(lock: IO[str]) -> bool:
     """Whether this open file is locked now, for as long as it is open."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

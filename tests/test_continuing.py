@@ -228,7 +228,8 @@ def test_runs_of_one_name_do_not_share_storage_of_checkpoints(small_run: dict[st
     other = config.model_copy(update={"storage": tmp_path / "elsewhere"})
     with (
         run_folder(config),
-        pytest.raises(UserError, match=f"run .*saved/small is being trained by process {os.getpid()}"),run_folder(other)
+        pytest.raises(UserError, match=f"run .*saved/small is being trained by process {os.getpid()}"),
+        run_folder(other),
     ):
         pass
     assert not (tmp_path / "elsewhere" / "small").exists()

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import mlflow
 import pytest
 
 from orchestrator import mlflow_tracker
@@ -149,6 +150,30 @@ def test_a_run_whose_id_was_never_heard_is_found_again(tmp_path: Path, empty_sto
     assert json.loads(memory.read_text()) == known
     assert len(runs_of(raw)) == 1
     assert warnings == []
+
+
+def test_a_run_that_was_killed_before_it_had_told_everything_tells_it_when_it_goes_on(
+    tmp_path: Path, empty_store: Path
+) -> None:
+    """Step 3 is half known, step 4 not at all; what is known is not told twice."""
+    raw = track_in({"storage": str(tmp_path / "runs")}, empty_store)
+    memory, uri = tmp_path / "mlflow.json", raw["tracking"]["mlflow_uri"]
+    rows = [{"step": step, "seconds": 0.5, "train_loss": 1.0 / step} for step in (1, 2, 3, 4)]
+    rows[2]["val_loss"] = 0.4
+
+    def start(history: list[dict[str, float]]) -> MlflowTracker:
+        return MlflowTracker(uri, "rayduce", tmp_path, "run", {}, memory, print, history=history)
+
+    first = start([])
+    for row in rows[:3]:
+        first.log(int(row["step"]), {"train_loss": row["train_loss"]})
+    first.close("KILLED")
+    start(rows).close("FINISHED")
+    (run,) = runs_of(raw)
+    client = mlflow.MlflowClient(uri)
+    for key, steps in (("train_loss", [1, 2, 3, 4]), ("val_loss", [3])):
+        told = client.get_metric_history(run.info.run_id, key)
+        assert [(metric.step, metric.value) for metric in told] == [(step, rows[step - 1][key]) for step in steps]
 
 
 def test_a_full_disk_does_not_keep_the_other_trackers_from_closing(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_a_broken_space_is_refused_in_one_sentence(
     [
         ({"space": "tming"}, "space 'tming' must be one of after, .*timing, .*or the path"),
         ({"samples": 0}, "--samples 0 must be 1 or more"),
-        ({"samples": None}, "--samples None must be 1 or more"),
+        ({"samples": None}, "--search random needs --samples"),
         ({"concurrent": 0}, "--concurrent 0 must be 1 or more"),
         ({"search": "grid"}, "--samples is for random and tpe"),
         ({"objectives": ("loss",)}, "--objective loss must be one of val_loss"),
@@ -157,9 +157,11 @@ def test_a_continued_sweep_knows_what_asha_has_judged(base: RunConfig, tmp_path:
         (folder / "point.json").write_text(json.dumps({"trial_id": str(number), "point": {"at": 0.3}}))
         lines = [json.dumps({"step": step, "val_loss": loss}) + "\n" for step, loss in rows]
         (folder / "metrics.jsonl").write_text("".join(lines))
+        if number < 2:
+            (folder / "outcome.json").write_text(json.dumps({"status": "pruned", "error": None}))
     asha = _scheduler(sweep, request_of("timing", pruning="asha"), [{"at": 0.3}])
     assert isinstance(asha, ASHAScheduler)
-    assert asha._brackets[0]._rungs == [(81, {"0": -3.0})]
+    assert asha._brackets[0]._rungs == [(81, {"trial-00000": -3.0})]
 
 
 def test_a_value_in_the_middle_of_a_choice_counts(base: RunConfig) -> None:

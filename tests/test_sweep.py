@@ -14,15 +14,16 @@ import mlflow
 import pyarrow.parquet as pq
 import pytest
 import torch
+from optuna.trial import TrialState
 from ray import tune
 
 from orchestrator.config import load_config, parse_config
 from orchestrator.errors import UserError
 from orchestrator.space import load_space
-from orchestrator.sweep import Pruning, Request, _conclude_rest, tune_schedules
+from orchestrator.sweep import Pruning, Request, _conclude_rest, _searcher, check, tune_schedules
 from orchestrator.sweep_report import Outcome, _of_equal_columns, outcomes, pareto
 from orchestrator.terminal import Terminal
-from orchestrator.trial import Sweep
+from orchestrator.trial import Sweep, _trial_folder
 from tests.runs import HANGS_S, end_crews, family, losses, saved, start, train, wait_while_running
 
 TRIALS = 3
@@ -62,6 +63,51 @@ def test_a_trial_that_fails_before_it_has_measured_anything_is_in_the_table(tmp_
     trial_folder(tmp_path, 0, outcome=json.dumps({"status": "failed", "error": "out of memory"}), metrics="")
     [trial] = outcomes(tmp_path)
     assert (trial.status, trial.error, trial.last_step, trial.objectives) == ("failed", "out of memory", 0, {})
+
+
+def test_what_the_trunk_has_measured_is_not_the_trials(tmp_path: Path) -> None:
+    rows = [{"step": 8, "train_loss": 2.0}, {"step": 8, "val_loss": 2.0, "states": 32}, {"step": 9, "train_loss": 9.0}]
+    metrics = "".join(json.dumps(row) + "\n" for row in rows)
+    failed = json.dumps({"status": "failed", "error": "diverged"})
+    trial_folder(tmp_path, 0, outcome=failed, metrics=metrics, branch='{"step": 8}')
+    [trial] = outcomes(tmp_path)
+    assert (trial.trunk_step, trial.last_step, trial.objectives) == (8, 9, {})
+
+
+def test_a_sweep_that_is_continued_begins_with_what_has_not_ended(tmp_path: Path, small_run: dict[str, Any]) -> None:
+    """Then with the points that have not begun; and the search knows what came of the one that has finished."""
+    points = [{"at": 0.05 + 0.05 * number} for number in range(4)]
+    summary = {"val_loss_final": 1.5, "val_accuracy_final": None, "final_dims": [4], "train_seconds": 2.0}
+    told = [{"outcome": json.dumps({"status": status, "error": None})} for status in ("finished", "failed")]
+    told[0]["summary"] = json.dumps(summary | {"truncations": []})
+    for number, files in enumerate([*told, {}]):
+        folder = trial_folder(tmp_path, number, **files)
+        (folder / "point.json").write_text(json.dumps({"trial_id": "", "start": "", "point": points[number]}))
+    sweep = Sweep(parse_config(small_run).model_copy(update={"storage": tmp_path}), load_space("timing"), True, None)
+    asked = Request("timing", 4, ("val_loss", "states"), "random", "none", True, True)
+    ended = [trial for trial in outcomes(tmp_path) if trial.status == "finished"]
+    search = _searcher(sweep, asked, points, ended)
+    assert [search.suggest(str(number)) for number in range(3)] == points[1:]
+    [known] = search._ot_study.get_trials(states=[TrialState.COMPLETE])
+    assert (known.params, known.values) == (points[0], [1.5, 4.0])
+    # Each goes on in its own folder, whatever Ray Tune calls it now.
+    for point, number in zip(points[1:], (1, 2, 3), strict=True):
+        assert _trial_folder(sweep, f"new-{number}", point).name == f"trial-{number:05d}"
+
+
+def test_every_point_of_a_grid_is_checked_before_anything_starts(tmp_path: Path, small_run: dict[str, Any]) -> None:
+    """This one is at no edge of the space."""
+    path = tmp_path / "three.py"
+    path.write_text(
+        "from tune_spaces.knobs import Choice\n"
+        "KNOBS = {name: Choice((1, 2, 3), 'A number.') for name in 'abc'}\n"
+        "def settings(a, b, c):\n"
+        "    return {'truncation.target': {'dim': 0 if (a, b, c) == (1, 1, 2) else 4}}\n"
+    )
+    with pytest.raises(UserError, match=r"space three at a=1, b=1, c=2: truncation\.target\.dim is 0"):
+        check(parse_config(small_run), request(path, "val_loss"))
+    with pytest.raises(UserError, match="--search random needs --samples"):
+        check(parse_config(small_run), replace(request(path, "val_loss"), search="random"))
 
 
 def test_trials_whose_process_was_ended_have_an_outcome_all_the_same(tmp_path: Path, small_run: dict[str, Any]) -> None:
@@ -118,12 +164,11 @@ def test_a_sweep_that_was_killed_is_continued_and_equals_runs_of_their_own(
     _check_results(folder, found, output)
     _check_mlflow(timed_cut, folder)
 
-    trial = max(found, key=lambda trial: trial.trunk_step)
+    best = json.loads((folder / "sweep.json").read_text())["best"]
+    [trial] = [trial for trial in found if trial.trial == best["trial"]]
     assert trial.trunk_step > 0
-    config = load_config(folder / trial.trial / "config.yaml")
-    alone = config.model_copy(update={"name": "alone", "storage": folder.parent})
-    train(alone)
-    shared, whole = folder / trial.trial, folder.parent / "alone"
+    assert train(load_config(folder / "best.yaml"))["val_loss_final"] == best["val_loss"]
+    shared, whole = folder / trial.trial, folder.parent / "small-timing-best"
     assert losses(shared) == losses(whole)  # the trunk's steps among them
     state, expected = saved(shared, 24), saved(whole, 24)
     assert all(torch.equal(state[key], expected[key]) for key in expected)
@@ -256,7 +301,7 @@ def _check_mlflow(raw: dict[str, Any], folder: Path) -> None:
     assert parent.data.tags["mlflow.runName"] == folder.name
     assert {artifact.path for artifact in client.list_artifacts(parent.info.run_id)} >= {"best.yaml", "report.html"}
     children = {run.data.tags["trial"]: run for run in found}
-    assert set(children) == {"trunk", "scratch", *(f"trial-{number:05d}" for number in range(TRIALS))}
+    assert set(children) == {"trunk", "scratch-4-4", *(f"trial-{number:05d}" for number in range(TRIALS))}
     for name, run in children.items():
         assert run.info.status == "FINISHED"
         assert run.data.tags["status"] == "finished"
