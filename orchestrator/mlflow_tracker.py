@@ -165,11 +165,13 @@ class MlflowTracker:
             self._run_id = self._begun(experiment_id) or self._begin(experiment_id, run_name)
             self._catch_up(self._history)
             self._send_metrics()
-            pairs = [Param(key, str(value)) for key, value in params.items()]
-            for first in range(0, len(pairs), 100):  # MLflow's limit a call
-                self._client.log_batch(self._run_id, params=pairs[first : first + 100])
         else:
             self._catch_up(self._unsent(self._run_id))
+        # Of a run that was killed MLflow may not know all; it refuses another value of what it knows.
+        known = self._client.get_run(self._run_id).data.params
+        pairs = [Param(key, str(value)) for key, value in params.items() if key not in known]
+        for first in range(0, len(pairs), 100):  # MLflow's limit a call
+            self._client.log_batch(self._run_id, params=pairs[first : first + 100])
         self._history = ()
         self._connected.set()
 

@@ -45,14 +45,14 @@ from orchestrator.sweep_report import (
     Outcome,
     best_of,
     best_so_far,
+    left_open,
     measured_from,
     outcomes,
-    running,
     statuses,
     write_sweep_report,
 )
 from orchestrator.terminal import Terminal, chatter_to, dims, duration
-from orchestrator.trial import AGAIN, OBJECTIVES, OUTCOME, Sweep, Trial, conclude
+from orchestrator.trial import AGAIN, OBJECTIVES, OUTCOME, PRUNED, Sweep, Trial, conclude, folder_of, status_of
 from orchestrator.trunk import NAME, share_a_trunk, untruncated
 
 Search = Literal["tpe", "random", "grid"]
@@ -213,7 +213,9 @@ def _run(
     experiment = folder / "tune"
     shutil.rmtree(experiment, ignore_errors=True)
     none = tune.CheckpointConfig(checkpoint_at_end=False)
-    run_config = tune.RunConfig(name=experiment.name, storage_path=str(folder), checkpoint_config=none)
+    run_config = tune.RunConfig(
+        name=experiment.name, storage_path=str(folder), checkpoint_config=none, callbacks=[_Judgement(folder)]
+    )
     tuner = tune.Tuner(trainable, tune_config=tune_config, run_config=run_config)
     with _sigterm_as_sigint() as terminated, _shown(folder, total, request.objectives[0], terminal):
         trials: list[tune.experiment.Trial] = tuner.fit()._experiment_analysis.trials
@@ -251,6 +253,19 @@ def _searcher(sweep: Sweep, request: Request, points: Sequence[Point], ended: Se
     )
 
 
+class _Judgement(tune.Callback):  # type: ignore[misc]
+    """Leaves in a trial's folder that the sweep's pruning ends it, before its process hears of it."""
+
+    def __init__(self, sweep: Path) -> None:
+        self._sweep = sweep
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: object
+    ) -> None:
+        if result.get("done") and status_of(folder := folder_of(self._sweep, trial.trial_id))[0] == "running":
+            (folder / PRUNED).touch()
+
+
 def _ended(trial: tune.experiment.Trial) -> bool:
     """By itself or its scheduler: those that are running when a signal comes are TERMINATED too."""
     return trial.status == trial.ERROR or bool(trial.last_result.get("done"))
@@ -262,11 +277,11 @@ def _conclude_rest(sweep: Sweep, trials: Sequence[tune.experiment.Trial], termin
     Ray Tune gives one that it stops ten seconds, and one may die with its node.
     """
     known = {trial.trial_id: trial for trial in trials}
-    for folder, trial_id in running(sweep.base.storage):
+    for folder, trial_id in left_open(sweep.base.storage):
         trial = known.get(trial_id)
-        pruned = trial is not None and trial.status == trial.TERMINATED
+        pruned = status_of(folder)[0] == "pruned"
         if pruned:
-            conclude(folder, "pruned")
+            conclude(folder, "stopped")
         else:
             words: str | None = trial.get_error() if trial is not None else None
             conclude(folder, "failed", words.strip().splitlines()[-1] if words else "its process was killed")

@@ -25,7 +25,7 @@ from orchestrator.figures import BLUE, GREEN, GREY, VERMILION, figure_of, style
 from orchestrator.report import TEMPLATES
 from orchestrator.run_folder import Json, metrics_so_far, write_whole
 from orchestrator.space import Space, optuna_space
-from orchestrator.trial import AGAIN, POINT, final, measured, status_of
+from orchestrator.trial import AGAIN, OUTCOME, POINT, final, measured, status_of
 
 SUMMARY = "sweep.json"
 FEWEST = 4  # trials from which importances say anything
@@ -71,10 +71,9 @@ def statuses(folder: Path) -> list[str]:
     return [status_of(trial)[0] for trial in _trials(folder)]
 
 
-def running(folder: Path) -> list[tuple[Path, str]]:
-    """Folder and Ray Tune's id of every trial that has not ended."""
-    open_ = [trial for trial in _trials(folder) if status_of(trial)[0] == "running"]
-    return [(trial, _begun(trial)["trial_id"]) for trial in open_]
+def left_open(folder: Path) -> list[tuple[Path, str]]:
+    """Folder and Ray Tune's id of every trial whose process has not said how it ended."""
+    return [(trial, _begun(trial)["trial_id"]) for trial in _trials(folder) if not (trial / OUTCOME).exists()]
 
 
 def measured_from(folder: Path, objective: str, step: int) -> dict[str, float]:

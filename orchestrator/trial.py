@@ -26,7 +26,8 @@ from orchestrator.signals import StopRequest
 from orchestrator.space import Space
 from orchestrator.trunk import branch, trunk_of
 
-POINT, OUTCOME = "point.json", "outcome.json"
+# In a trial's folder: where it was tried, how its process has ended it, and that the sweep's pruning has.
+POINT, OUTCOME, PRUNED = "point.json", "outcome.json", "pruned"
 # What a sweep that is continued trains (again): a trial that its end has interrupted, and one that has failed.
 AGAIN = ("running", "failed")
 OBJECTIVES = {"val_loss": "min", "val_accuracy": "max", "states": "min", "train_seconds": "min"}
@@ -118,7 +119,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
             summary = launch.train(config, Lent(self._crew, self._stop, Nesting(sweep.parent_run_id, tags), progress))
             status, words, result = "finished", None, final(summary) | {"step": summary["steps"], "done": True}
         except Interrupted as error:
-            status, words, result = "pruned", None, error
+            status, words, result = "stopped", None, error
         except Exception as error:  # noqa: BLE001 -- raised where Ray Tune waits for the next result
             status, words, result = "failed", in_a_line(error), error
         try:
@@ -149,16 +150,27 @@ def _trial_folder(sweep: Sweep, trial_id: str, point: Mapping[str, Any]) -> Path
 
 
 def status_of(folder: Path) -> tuple[str, str | None]:
-    """How a trial has ended, finished, pruned or failed, or that it is running; and its error, where it has one."""
+    """How a trial has ended, finished, pruned or failed, or that it is running; and its error, where it has one.
+
+    One that was stopped with its sweep goes on with it.
+    """
+    if (folder / PRUNED).exists():
+        return "pruned", None
     path = folder / OUTCOME
-    if not path.exists():
-        return "running", None
-    found = json.loads(path.read_text())
-    return found["status"], found["error"]
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"status": "stopped", "error": None}
+    status: str = found["status"]
+    return "running" if status == "stopped" else status, found["error"]
+
+
+def folder_of(sweep: Path, trial_id: str) -> Path:
+    """The folder of the trial that Ray Tune calls so."""
+    notes = {path.parent: json.loads(path.read_text()) for path in sweep.glob(f"trial-*/{POINT}")}
+    [folder] = [folder for folder, note in notes.items() if note["trial_id"] == trial_id]
+    return folder
 
 
 def conclude(folder: Path, status: str, error: str | None = None) -> None:
-    """Leave in a trial's folder how it has ended. One that was stopped with its sweep goes on with it."""
+    """Leave in a trial's folder how it has ended: finished, failed or stopped."""
     write_whole(folder / OUTCOME, json.dumps({"status": status, "error": error}) + "\n")
 
 

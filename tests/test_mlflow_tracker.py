@@ -162,7 +162,9 @@ def test_a_run_that_was_killed_before_it_had_told_everything_tells_it_when_it_go
     rows[2]["val_loss"] = 0.4
 
     def start(history: list[dict[str, float]]) -> MlflowTracker:
-        return MlflowTracker(uri, "rayduce", tmp_path, "run", {}, memory, print, history=history)
+        return MlflowTracker(
+            uri, "rayduce", tmp_path, "run", {"seed": 0} if history else {}, memory, print, None, history
+        )
 
     first = start([])
     for row in rows[:3]:
@@ -170,6 +172,7 @@ def test_a_run_that_was_killed_before_it_had_told_everything_tells_it_when_it_go
     first.close("KILLED")
     start(rows).close("FINISHED")
     (run,) = runs_of(raw)
+    assert run.data.params == {"seed": "0"}
     client = mlflow.MlflowClient(uri)
     for key, steps in (("train_loss", [1, 2, 3, 4]), ("val_loss", [3])):
         told = client.get_metric_history(run.info.run_id, key)

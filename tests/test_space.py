@@ -158,7 +158,7 @@ def test_a_continued_sweep_knows_what_asha_has_judged(base: RunConfig, tmp_path:
         lines = [json.dumps({"step": step, "val_loss": loss}) + "\n" for step, loss in rows]
         (folder / "metrics.jsonl").write_text("".join(lines))
         if number < 2:
-            (folder / "outcome.json").write_text(json.dumps({"status": "pruned", "error": None}))
+            (folder / "pruned").touch()
     asha = _scheduler(sweep, request_of("timing", pruning="asha"), [{"at": 0.3}])
     assert isinstance(asha, ASHAScheduler)
     assert asha._brackets[0]._rungs == [(81, {"trial-00000": -3.0})]

@@ -113,14 +113,15 @@ def test_every_point_of_a_grid_is_checked_before_anything_starts(tmp_path: Path,
 def test_trials_whose_process_was_ended_have_an_outcome_all_the_same(tmp_path: Path, small_run: dict[str, Any]) -> None:
     """Ray Tune ends those that it has stopped after ten seconds, and may never hear of one that is killed."""
     known = [tune.experiment.Trial("trial", stub=True, trial_id=str(number)) for number in range(3)]
-    known[1].status, known[2].status = known[1].TERMINATED, known[2].ERROR
-    ended = trial_folder(tmp_path, 0, outcome=json.dumps({"status": "finished", "error": None}))
+    known[2].status = known[2].ERROR
+    ended = trial_folder(tmp_path, 0, outcome=json.dumps({"status": "failed", "error": "diverged"}))
     before = (ended / "outcome.json").read_text()
     folders = [trial_folder(tmp_path, number) for number in (1, 2, 3)]
+    (folders[0] / "pruned").touch()
     config = parse_config(small_run).model_copy(update={"storage": tmp_path})
     _conclude_rest(Sweep(config, load_space("timing"), True, None), known, Terminal(sys.stderr))
-    told = [json.loads((folder / "outcome.json").read_text())["status"] for folder in folders]
-    assert told == ["pruned", "failed", "failed"]
+    assert all((folder / "outcome.json").exists() for folder in folders)
+    assert [trial.status for trial in outcomes(tmp_path)[1:]] == ["pruned", "failed", "failed"]
     assert (ended / "outcome.json").read_text() == before
 
 
