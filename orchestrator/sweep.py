@@ -199,13 +199,13 @@ def _run(
     # A trial's workers reserve what they need. It takes no core itself, but Ray Tune will not have it take nothing.
     resources = tune.PlacementGroupFactory([{"CPU": 0, "memory": 1}])
     trainable = tune.with_resources(tune.with_parameters(Trial, sweep=sweep), resources)
-    ended = [outcome for outcome in outcomes(folder) if outcome.status not in AGAIN]
-    left = total - len(ended)
+    begun = outcomes(folder)
+    left = total - sum(outcome.status not in AGAIN for outcome in begun)
     if left == 0:
         return []
-    if ended:
+    if begun:
         terminal.line("continuing the sweep: trials that have finished or were pruned are not repeated")
-    search = ConcurrencyLimiter(_searcher(sweep, request, points, ended), max_concurrent=at_a_time)
+    search = ConcurrencyLimiter(_searcher(sweep.space, request, points, begun, sweep.base.seed), at_a_time)
     tune_config = tune.TuneConfig(
         search_alg=search, scheduler=_scheduler(sweep, request, points), num_samples=left, reuse_actors=True
     )
@@ -225,31 +225,32 @@ def _run(
     return trials
 
 
-def _searcher(sweep: Sweep, request: Request, points: Sequence[Point], ended: Sequence[Outcome]) -> OptunaSearch:
-    """What proposes points, and knows what came of those that have ended; first those that begin once more."""
+def _searcher(
+    space: Space, request: Request, points: Sequence[Point], begun: Sequence[Outcome], seed: int
+) -> OptunaSearch:
+    """What proposes points and knows what came of those that have ended: first those that begin once more."""
     modes = [OBJECTIVES[objective] for objective in request.objectives]
-    distributions = optuna_space(sweep.space)
-    storage = optuna.storages.InMemoryStorage()
     directions = ["minimize" if mode == "min" else "maximize" for mode in modes]
-    study = optuna.create_study(storage=storage, study_name=sweep.space.name, directions=directions)
-    for outcome in ended:
+    storage, distributions = optuna.storages.InMemoryStorage(), optuna_space(space)
+    study = optuna.create_study(storage=storage, study_name=space.name, directions=directions)
+    again, fresh = [], list(points)
+    for outcome in begun:
+        if outcome.point in fresh:
+            fresh.remove(outcome.point)
         values = [outcome.objectives.get(objective, math.nan) for objective in request.objectives]
-        if all(map(math.isfinite, values)):
+        if outcome.status in AGAIN:
+            again.append(outcome.point)
+        elif all(map(math.isfinite, values)):
             study.add_trial(optuna.trial.create_trial(params=outcome.point, distributions=distributions, values=values))
-    begun = [outcome.point for outcome in outcomes(sweep.base.storage)]
-    again = [outcome.point for outcome in outcomes(sweep.base.storage) if outcome.status in AGAIN]
-    fresh = list(points)
-    for point in begun:
-        if point in fresh:
-            fresh.remove(point)
     return OptunaSearch(
         space=distributions,
         metric=list(request.objectives),
         mode=modes,
         points_to_evaluate=again + fresh or None,
         storage=storage,
-        study_name=sweep.space.name,
-        seed=sweep.base.seed % 2**32,  # as NumPy takes them
+        study_name=space.name,
+        # As NumPy takes them; what is drawn at random must not be drawn again.
+        seed=(seed + len(begun)) % 2**32,
     )
 
 

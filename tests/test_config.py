@@ -241,8 +241,8 @@ def leaves(part: dict[str, Any]) -> Iterator[str]:
 
 
 def test_an_unknown_section_is_refused_in_one_sentence() -> None:
-    told = CliRunner().invoke(main, ["settings", "trian"])
+    told = CliRunner().invoke(main, ["settings", "trains"])
     assert told.exit_code == 2
     assert told.stderr == (
-        "rayduce: section 'trian' must be one of: data, model, train, truncation, cluster, tracking, checkpoints\n"
+        "rayduce: section 'trains' must be one of: data, model, train, truncation, cluster, tracking, checkpoints\n"
     )

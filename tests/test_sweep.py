@@ -85,14 +85,23 @@ def test_a_sweep_that_is_continued_begins_with_what_has_not_ended(tmp_path: Path
         (folder / "point.json").write_text(json.dumps({"trial_id": "", "start": "", "point": points[number]}))
     sweep = Sweep(parse_config(small_run).model_copy(update={"storage": tmp_path}), load_space("timing"), True, None)
     asked = Request("timing", 4, ("val_loss", "states"), "random", "none", True, True)
-    ended = [trial for trial in outcomes(tmp_path) if trial.status == "finished"]
-    search = _searcher(sweep, asked, points, ended)
+    search = _searcher(sweep.space, asked, points, outcomes(tmp_path), seed=0)
     assert [search.suggest(str(number)) for number in range(3)] == points[1:]
     [known] = search._ot_study.get_trials(states=[TrialState.COMPLETE])
     assert (known.params, known.values) == (points[0], [1.5, 4.0])
     # Each goes on in its own folder, whatever Ray Tune calls it now.
     for point, number in zip(points[1:], (1, 2, 3), strict=True):
         assert _trial_folder(sweep, f"new-{number}", point).name == f"trial-{number:05d}"
+
+
+def test_a_search_that_goes_on_does_not_propose_what_it_has_proposed(tmp_path: Path) -> None:
+    """TPE begins at random, from a seed."""
+    asked = Request("timing", 8, ("val_loss",), "tpe", "none", True, True)
+    first = _searcher(load_space("timing"), asked, [], [], seed=0)
+    proposed = [first.suggest(str(number)) for number in range(3)]
+    ended = [replace(outcome(1.0, 2.0), point=point) for point in proposed]
+    again = _searcher(load_space("timing"), asked, [], ended, seed=0)
+    assert not any(again.suggest(str(number)) in proposed for number in range(3))
 
 
 def test_every_point_of_a_grid_is_checked_before_anything_starts(tmp_path: Path, small_run: dict[str, Any]) -> None:
