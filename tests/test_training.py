@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -250,11 +251,11 @@ def test_a_machine_without_a_compiler_trains_too(small_run: dict[str, Any], tmp_
 
 
 @pytest.fixture
-def mlflow_server(tmp_path: Path) -> Iterator[tuple[str, int]]:
+def mlflow_server(tmp_path: Path, empty_store: Path) -> Iterator[tuple[str, int]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    store = f"sqlite:///{tmp_path / 'server.db'}"
+    store = f"sqlite:///{shutil.copy(empty_store, tmp_path / 'server.db')}"
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
     server = subprocess.Popen(
         [*command, "--workers", "1", "--backend-store-uri", store],
@@ -263,7 +264,7 @@ def mlflow_server(tmp_path: Path) -> Iterator[tuple[str, int]]:
         stderr=subprocess.DEVNULL,
         start_new_session=True,  # it has children, which are to die with it
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANGS_S  # beside the tests of another file it takes minutes on a slow machine
     while True:
         with socket.socket() as client:
             if client.connect_ex(("127.0.0.1", port)) == 0:
