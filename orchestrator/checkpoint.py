@@ -154,7 +154,7 @@ def delete(path: Folder) -> None:
         raise CheckpointError(f"checkpoint {path} cannot be deleted: {reason(error)}") from error
 
 
-def remedy(damaged: Folder) -> str:
+def _remedy(damaged: Folder) -> str:
     """What a person can do about a checkpoint that cannot be read."""
     folder, step = damaged.parent, _step_of(damaged.name)
     earlier = [s for s in steps(folder) if step is not None and s < step and at(folder, s).has(MANIFEST)]
@@ -182,7 +182,7 @@ def verify(path: Folder) -> Manifest:
         if digest is None:
             raise UserError(f"checkpoint shard {file} is missing")
         if digest != shard.sha256:
-            raise UserError(f"checkpoint shard {file} is damaged; {remedy(path)}")
+            raise UserError(f"checkpoint shard {file} is damaged; {_remedy(path)}")
 
     with ThreadPoolExecutor(_READERS, thread_name_prefix="verify") as pool:
         list(pool.map(check, manifest.shards))
@@ -243,5 +243,5 @@ def read_manifest(path: Folder) -> Manifest:
     if manifest.shard_of.keys() != manifest.shapes.keys() or not all(named):
         raise UserError(f"checkpoint manifest {file} is damaged: it names no shard for some of its parameters")
     if _step_of(path.name) not in (None, manifest.step):
-        raise UserError(f"checkpoint manifest {file} is of step {manifest.step}, not of its folder's; {remedy(path)}")
+        raise UserError(f"checkpoint manifest {file} is of step {manifest.step}, not of its folder's; {_remedy(path)}")
     return manifest

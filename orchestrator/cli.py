@@ -58,9 +58,8 @@ def train(config: Path, overrides: tuple[str, ...]) -> None:
     """Train what CONFIG describes, truncating its states on the way.
 
     CONFIG is a YAML file (`rayduce settings` lists what it may hold); KEY.SUB=VALUE replaces one of its settings by a
-    YAML value. Training runs on the Ray
-    cluster that RAY_ADDRESS names, else on this machine. The run's folder below `storage` is called like the
-    run (`name`) and holds metrics, plans, checkpoints, figures and a report.
+    YAML value. Training runs on the Ray cluster that RAY_ADDRESS names, else on this machine. The run's folder below
+    `storage` is called like the run (`name`) and holds metrics, plans, checkpoints, figures and a report.
 
     The same command continues a run that was interrupted from its last complete checkpoint, and leaves a finished
     one as it is. Ctrl-C or SIGTERM stops a run with a checkpoint; a second one ends it at once.

@@ -79,9 +79,9 @@ def left_open(folder: Path) -> list[tuple[Path, str]]:
 def measured_from(folder: Path, objective: str, step: int) -> dict[str, float]:
     """An objective as first measured at this step or later, of every trial that has finished or was pruned."""
     found = {}
-    for trial in _trials(folder):
+    for trial in (trial for trial in _trials(folder) if status_of(trial)[0] not in AGAIN):
         rows = [row for row in metrics_so_far(trial) if row["step"] >= step and objective in row]
-        if rows and status_of(trial)[0] not in AGAIN:
+        if rows:
             found[trial.name] = float(rows[0][objective])
     return found
 
