@@ -78,6 +78,8 @@ def cut_often(rank: int, stage: int, store: str) -> tuple[int, list[float], list
     """Parameters before the first cut; of each cut the seconds and the MiB that its peak adds."""
     os.environ |= {"LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
     torch.set_num_threads(1)
+    # Every tensor of 64 KiB or more is mapped by itself (M_MMAP_THRESHOLD): what is resident is then in use.
+    assert ctypes.CDLL(None).mallopt(-3, 2**16) == 1
     dist.init_process_group("gloo", store=dist.FileStore(store, WORKERS), rank=rank, world_size=WORKERS)
     from orchestrator.engine import Engine
 

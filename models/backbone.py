@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,14 +17,19 @@ from models.layer import State, TruncatableLayer
 class Block(nn.Module):
     """x + mixer(norm(x)), as in state-spaces/mamba."""
 
+    dropout = 0.0
+    """Share of the mixer's output that training drops."""
+
     def __init__(self, mixer: TruncatableLayer, norm: nn.Module) -> None:
         super().__init__()
         self.norm = norm
         self.mixer = mixer
 
     def forward(self, x_BLM: Tensor) -> Tensor:
-        out_BLM: Tensor = x_BLM + self.mixer(self.norm(x_BLM))
-        return out_BLM
+        out_BLM: Tensor = self.mixer(self.norm(x_BLM))
+        if self.dropout > 0:
+            out_BLM = F.dropout(out_BLM, self.dropout, self.training)
+        return x_BLM + out_BLM
 
     def step(self, x_BM: Tensor, state: State) -> tuple[Tensor, State]:
         out_BM, state = self.mixer.step(self.norm(x_BM), state)

@@ -33,6 +33,9 @@ class StackConfig(BaseModel):
     d_state: Dim | tuple[Dim, ...] = Field(
         description="State dimension before the first cut: of all layers, or of each."
     )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Share of each mixer's output that a training step drops, before it is added."
+    )
 
     @model_validator(mode="after")
     def _one_dimension_per_layer(self) -> StackConfig:

@@ -79,17 +79,24 @@ def build_model(
         mixers.append(build_mixer(config, layer, dim))
         if place is not None:
             place(mixers[-1])
+    model = _with_head(task, config.d_model, mixers)
+    for block in model.backbone.blocks():
+        block.dropout = config.dropout
+    return model
+
+
+def _with_head(task: Task, d_model: int, mixers: Sequence[TruncatableLayer]) -> SequenceModel:
     match task:
         case LanguageTask():
-            return LanguageModel(task.vocab_size, config.d_model, mixers)
+            return LanguageModel(task.vocab_size, d_model, mixers)
         case RecallTask():
-            return TokenModel(task.vocab_size, config.d_model, mixers)
+            return TokenModel(task.vocab_size, d_model, mixers)
         case ClassificationTask():
-            return Classifier(task.n_features, task.n_classes, config.d_model, mixers)
+            return Classifier(task.n_features, task.n_classes, d_model, mixers)
         case TokenClassificationTask():
-            return DocumentClassifier(task.vocab_size, task.n_classes, config.d_model, mixers)
+            return DocumentClassifier(task.vocab_size, task.n_classes, d_model, mixers)
         case PairClassificationTask():
-            return PairClassifier(task.vocab_size, task.n_classes, config.d_model, mixers)
+            return PairClassifier(task.vocab_size, task.n_classes, d_model, mixers)
 
 
 def build_mixer(config: AnyConfig, layer: int, d_state: int) -> TruncatableLayer:

@@ -169,12 +169,13 @@ def verify(path: Folder) -> Manifest:
     Raises:
         UserError: names the file that is missing, unreadable or damaged.
     """
+    _refuse_link(path.parent, path.name, "checkpoint", "folder")
+    _refuse_link(path, MANIFEST, "checkpoint manifest", "file")
     manifest = read_manifest(path)
 
     def check(shard: Shard) -> None:
         file = path / shard.file
-        if path.is_link(shard.file):
-            raise UserError(f"checkpoint shard {file} is a link, which may lead outside its folder; it must be a file")
+        _refuse_link(path, shard.file, "checkpoint shard", "file")
         try:
             digest = path.sha256(shard.file)
         except OSError as error:
@@ -187,6 +188,11 @@ def verify(path: Folder) -> Manifest:
     with ThreadPoolExecutor(_READERS, thread_name_prefix="verify") as pool:
         list(pool.map(check, manifest.shards))
     return manifest
+
+
+def _refuse_link(folder: Folder, name: str, what: str, proper: str) -> None:
+    if folder.is_link(name):
+        raise UserError(f"{what} {folder / name} is a link, which may lead outside its folder; it must be a {proper}")
 
 
 def load(path: Folder, manifest: Manifest, group: Group) -> ShardedState:

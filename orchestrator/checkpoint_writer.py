@@ -87,7 +87,6 @@ class Writer:
         after: Callable[[], None],
     ) -> None:
         files = [checkpoint.shard_file(rank, self._workers, token) for rank in range(self._workers)]
-        reach("shard", manifest.step)
         try:
             content = checkpoint.serialized(state.own)
             digest = hashlib.sha256(content).hexdigest()

@@ -81,7 +81,7 @@ def train(config: Path, overrides: tuple[str, ...]) -> None:
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", metavar="[KEY.SUB=VALUE]...", nargs=-1)
 @click.option("--space", required=True, metavar="NAME", help="A space of tune_spaces, or the path of a Python file.")
-@click.option("--samples", type=int, metavar="N", help="Trials of a random or TPE search.")
+@click.option("--samples", type=int, metavar="N", help="Trials of a random or TPE search.  [default: 16]")
 @click.option(
     "--objective",
     "objectives",
@@ -121,8 +121,10 @@ def tune(
       rayduce tune configs/quickstart.yaml --space schedule --samples 64 --pruning asha
     """
     from orchestrator.config import load_config
-    from orchestrator.sweep import Request, tune_schedules
+    from orchestrator.sweep import SAMPLES, Request, tune_schedules
 
+    if samples is None and search != "grid":
+        samples = SAMPLES
     request = Request(space, samples, objectives, search, pruning, share, baselines, concurrent)
     tune_schedules(load_config(config, overrides), request)
 

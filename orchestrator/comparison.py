@@ -18,7 +18,7 @@ import torch
 from models.registry import Task, build_model
 from orchestrator import launch
 from orchestrator.collection import below, parent_run, refuse_another_request, remember_request
-from orchestrator.comparison_report import Row, write_comparison
+from orchestrator.comparison_report import Row, read_comparison, together, write_comparison
 from orchestrator.config import RunConfig, parse_config
 from orchestrator.crew import Crew
 from orchestrator.data.arrow import describe
@@ -36,8 +36,8 @@ METHODS = {
     "full": "full size to the end",
     "hankel": "truncated in mid-training, as the config says",
     "scratch": "trained at the reached dimensions from the first step",
-    "random": "truncated like hankel, but to states drawn at random",
-    "smallest": "truncated like hankel, but to what has the smallest Hankel singular values",
+    "random": "truncated at the same probes in equal ratios, to states drawn at random",
+    "smallest": "truncated at the same probes in equal ratios, to what has the smallest Hankel singular values",
     "magnitude": "trained at full size, then pruned by the magnitude of weights and fine-tuned",
     "distill": "the reached dimensions from the first step, taught by the full-size model",
     "hsv_regularized": "trained with a penalty on Hankel singular values, truncated at the end without more training",
@@ -103,6 +103,7 @@ def compare(config: RunConfig, request: Request) -> list[Row]:
         team = _Team(crew, stop, tracker, task, terminal)
         sizes = len(request.tolerances) or 1
         total = request.seeds * (1 + sizes * (1 + len(_opponents(request))))
+        earlier = read_comparison(folder)
         rows: list[Row] = []
         for number in range(request.seeds):
             seed = config.seed + number
@@ -111,11 +112,11 @@ def compare(config: RunConfig, request: Request) -> list[Row]:
                 rows.append(row)
                 terminal.line(f"{len(rows)} of {total}: seed {seed}, {row.told()}")
                 # After each: what there is can be looked at, however long the rest takes.
-                table = write_comparison(folder, rows, _described(config))
-        if tracker is not None:
-            for name in ("comparison.parquet", "comparison.md", "figures/comparison.png"):
-                tracker.artifact(folder / name)
-    print(f"done in {duration(time.perf_counter() - started)}\n\n{table}")
+                text = write_comparison(folder, together(earlier, rows), _described(config))
+            if tracker is not None:
+                for name in ("comparison.parquet", "comparison.md", "figures/comparison.png"):
+                    tracker.artifact(folder / name)
+    print(f"done in {duration(time.perf_counter() - started)}\n\n{text}")
     print(f"  files    {folder} (comparison.md, comparison.parquet, figures, and all runs)")
     if config.tracking.mlflow:
         print(f"  MLflow   {mlflow_command(config)}")
@@ -149,7 +150,7 @@ def check(config: RunConfig, request: Request) -> None:
         raise UserError("truncation.stable and guard must be left out: methods are compared at the same cuts")
     if (config.truncation.lr_factor, config.truncation.batch_factor) != (1, 1):
         raise UserError("truncation.lr_factor and batch_factor must be 1: all methods train with the same steps")
-    if config.truncation.score in ("random", "smallest"):
+    if config.truncation.score in ("random", "smallest", "magnitude"):
         raise UserError(f"truncation.score {config.truncation.score} must be left out: it is a method of its own")
     if config.train.distill is not None or config.train.regularize is not None:
         raise UserError("train.distill and regularize must be left out: they are methods of their own")
@@ -195,8 +196,11 @@ def _train_all(base: RunConfig, request: Request, team: _Team) -> Iterator[Row]:
         cut = truncated.model_copy(update={"name": Place("hankel", size, base.seed).name})
         reached = _tried(Place("hankel", size, base.seed), cut, full, before, team)
         yield reached
-        for method in _opponents(request) if reached.error is None else ():
+        for method in _opponents(request):
             opponent = Place(method, size, base.seed)
+            if reached.error is not None:
+                yield Row.failed(method, size, base.seed, "truncation, whose dimensions it is to have, has failed")
+                continue
             config = _opponent(opponent, cut, full, reached.final_dims, request)
             row = _tried(opponent, config, full, before, team)
             teaching = whole.train_seconds if method == "distill" else 0.0

@@ -18,7 +18,8 @@ from orchestrator.terminal import count, dims
 
 MARKERS = "osD^vP*Xh"
 MEANINGS = (
-    "- time: that of steps, probes and cuts, not of evaluation, checkpoints and starts; relative to full size, by seed",
+    "- time: of steps, probes, and cuts with their certificates, not of other evaluations, checkpoints and starts; "
+    "relative to full size, by seed; distill's with its teacher's, magnitude's with its fine-tuning",
     "- tokens/s: after the last cut, where steps follow it",
 )
 
@@ -44,6 +45,11 @@ class Row:
         return cls(method, size, seed, error, float("nan"), None, [], float("nan"), 0, None)
 
     @property
+    def run(self) -> tuple[str, str, int]:
+        """What tells it from the others."""
+        return self.method, self.size, self.seed
+
+    @property
     def named(self) -> str:
         return f"{self.method} {self.size}".strip()
 
@@ -55,8 +61,20 @@ class Row:
         return f"{self.named}: {quality}, states {dims(self.final_dims)}, {self.train_seconds:.0f} s"
 
 
+def read_comparison(folder: Path) -> list[Row]:
+    """The rows that `write_comparison` has left in a folder, if it has."""
+    path = folder / "comparison.parquet"
+    return [Row(**row) for row in pq.read_table(path).to_pylist()] if path.exists() else []
+
+
+def together(earlier: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
+    """These rows, and what was asked for earlier and is not among them."""
+    runs = {row.run for row in rows}
+    return [*rows, *(row for row in earlier if row.run not in runs)]
+
+
 def write_comparison(folder: Path, rows: Sequence[Row], methods: Mapping[str, str]) -> str:
-    """Write `comparison.parquet` with a row a run, `comparison.md` and `figures/comparison.png`; the table's text.
+    """Write `comparison.parquet` with a row a run, `comparison.md` and `figures/comparison.png`; what the page says.
 
     `methods` has the order of the table and a line about each method.
     """
@@ -64,10 +82,11 @@ def write_comparison(folder: Path, rows: Sequence[Row], methods: Mapping[str, st
     table = markdown(rows, methods)
     words = [f"- {method}: {about}" for method, about in methods.items() if method in {row.method for row in rows}]
     words += [f"- failed: {row.named}, seed {row.seed}: {row.error}" for row in rows if row.error is not None]
-    write_whole(folder / "comparison.md", "\n".join([table, "", *words, *MEANINGS, ""]))
+    text = "\n".join([table, "", *words, *MEANINGS, ""])
+    write_whole(folder / "comparison.md", text)
     (folder / "figures").mkdir(exist_ok=True)
     FigureCanvasAgg(_figure(rows, methods)).print_png(folder / "figures" / "comparison.png")
-    return table
+    return text
 
 
 def markdown(rows: Sequence[Row], methods: Mapping[str, str]) -> str:
@@ -143,17 +162,19 @@ def _figure(rows: Sequence[Row], methods: Mapping[str, str]) -> Figure:
     style(axes, "training time, as a multiple of full size", "held-out accuracy" if accuracy else "held-out loss")
     present = [method for method in methods if method in {row.method for row in rows}]
     for place, method in enumerate(present):
-        points = [
-            (
+        points = {
+            size: (
                 statistics.mean(_ratio(row, rows) for row in found),
                 statistics.mean((row.val_accuracy if accuracy else row.val_loss) or 0.0 for row in found),
             )
-            for name, _, found in _groups(rows, methods)
+            for name, size, found in _groups(rows, methods)
             if name == method and found
-        ]
+        }
         if points:
-            x, y = zip(*points, strict=True)
+            x, y = zip(*points.values(), strict=True)
             colour, marker = PALETTE[place % len(PALETTE)], MARKERS[place % len(MARKERS)]
             axes.scatter(x, y, s=50, color=colour, marker=marker, label=method, zorder=2)
+            for size, point in points.items():
+                axes.annotate(size, point, xytext=(5, 4), textcoords="offset points", fontsize="small")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure

@@ -16,9 +16,11 @@ from typing import Any
 
 import ray
 import ray.train
+from ray._raylet import PlacementGroupID
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.placement_group import PlacementGroup
 
 from orchestrator.config import ClusterConfig
 from orchestrator.coordinator import Coordinator
@@ -26,12 +28,15 @@ from orchestrator.errors import Interrupted, TrainingError
 from orchestrator.events import Job
 from orchestrator.failures import RetryPolicy, in_a_line, root_cause
 from orchestrator.follow import Follower
+from orchestrator.run_folder import write_whole
 from orchestrator.signals import StopRequest
 from orchestrator.terminal import Terminal
 from orchestrator.worker import run_worker
 
 _POLL_S = 0.25
 _LEAVE_S = 60.0
+# In a crew's folder: the id of a reservation, by the actor that made it.
+_RESERVED = "reserved-by-"
 
 
 class Foreman(Coordinator):
@@ -89,7 +94,9 @@ class Crew:
         self._number = 0
         self._fit: Future[None] | None = None
         self._at_work = False
-        self._reservation: Any = None
+        self._reservation: PlacementGroup | None = None
+        actor = ray.get_runtime_context().get_actor_id()
+        self._note = folder / f"{_RESERVED}{actor}" if actor is not None else None
 
     def __enter__(self) -> Crew:
         return self
@@ -120,12 +127,19 @@ class Crew:
         self._number += 1
         self._at_work = True
         left, patience = self.cluster.max_failures, math.inf
+        idle_since = time.monotonic()
         while follower.failure is None and follower.stopped is None:
             # Again and again, because a process that Ray had to start again knows of no job.
             ray.get(self.foreman.assign.remote(self._number, job, self.cluster.max_failures - follower.lost))
             if self._fit is None:
                 self._fit = _in_a_thread(self._trainer())
             ended = wait([self._fit], timeout=_POLL_S).done and follower.stopped is None
+            self._reserve(follower.reservation)
+            if follower.running:
+                idle_since = time.monotonic()
+            elif time.monotonic() > idle_since + self.cluster.timeout_s:
+                terminal.line(self._what_is_missing())
+                idle_since = math.inf
             if stop.signal is not None:
                 if follower.end_workers():
                     terminal.line("stopping: a checkpoint follows (a second signal ends at once, without)")
@@ -136,8 +150,19 @@ class Crew:
             if ended:
                 self._explain(follower, terminal, left)
                 left -= 1
-        self._reservation = follower.reservation or self._reservation
+        self._reserve(follower.reservation)
         self._at_work = follower.stopped is None
+
+    def _what_is_missing(self) -> str:
+        """For a person who waits: Ray Train waits in silence, and where the number of workers may vary, for ever."""
+        cluster, there = self.cluster, ray.cluster_resources()
+        needs, has = f"{cluster.cpus_per_worker} CPUs", f"{there.get('CPU', 0):g} CPUs"
+        if cluster.use_gpu:
+            needs, has = f"{needs} and a GPU", f"{has} and {there.get('GPU', 0):g} GPUs"
+        return (
+            f"no workers for {cluster.timeout_s} s: cluster.workers needs {cluster.workers.min} at once, each with "
+            f"{needs}, and the cluster has {has}; waiting"
+        )
 
     def _explain(self, follower: Follower, terminal: Terminal, left: int) -> None:
         """The workers have ended before the job: say why, or raise it."""
@@ -157,8 +182,18 @@ class Crew:
                     f"{self.cluster.max_failures} allows; the same command continues from the last checkpoint"
                 ) from error
             terminal.line(f"Ray Train's controller died after step {follower.step}; starting the workers again")
-            self._reservation = follower.reservation or self._reservation
+            follower.running = False
+            self._reserve(follower.reservation)
             self._release()
+
+    def _reserve(self, group: PlacementGroup | None) -> None:
+        """Remember what the workers occupy; in an actor, which may be killed, for `release_dead` too."""
+        if group is None or group == self._reservation:
+            return
+        self._reservation = group
+        if self._note is not None:
+            self._note.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self._note, group.id.hex())
 
     def _release(self) -> None:
         """Give back what the workers occupied, and end those that are left.
@@ -169,6 +204,8 @@ class Crew:
         if self._reservation is not None:
             ray.util.remove_placement_group(self._reservation)
             self._reservation = None
+        if self._note is not None:
+            self._note.unlink(missing_ok=True)
 
     def _trainer(self) -> _Trainer:
         cluster, workers = self.cluster, self.cluster.workers
@@ -195,6 +232,18 @@ class Crew:
                 callbacks=[RetryPolicy(self.foreman)],
             ),
         )
+
+
+def release_dead(folder: Path, all_are: bool = False) -> None:
+    """Give back what crews with this folder occupy whose process was killed; `all_are`: whatever Ray says of them.
+
+    In the driver that started them, whose reservations Ray takes these for.
+    """
+    for note in folder.glob(f"{_RESERVED}*"):
+        actor = ray._private.state.actors(note.name.removeprefix(_RESERVED))
+        if all_are or actor["State"] == "DEAD":
+            ray.util.remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(note.read_text())))
+            note.unlink(missing_ok=True)
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -54,6 +55,8 @@ class Engine:
 
         Returns their share in the loss, detached: the mean over the workers is the mean over the global batch.
         """
+        # What is dropped follows from seed, step and worker: a run that continues drops what it would have dropped.
+        torch.manual_seed(seed_of(self._config.seed, step, self._group.rank))
         lr = self._config.train.learning_rate(step) * pace.lr
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
@@ -99,10 +102,12 @@ class Engine:
         mixers = self._model.mixers()
         for mixer in mixers:
             mixer.start_statistics()
+        self._engine.eval()  # what is dropped in training is not missing from the statistics
         if any(mixer.statistics_need_tokens for mixer in mixers):
             for batch in batches:
                 for part in batch.split(self._config.train.accumulation):
                     self._engine(part.inputs.to(self._group.device))
+        self._engine.train()
         found = []
         for mixer in mixers:
             with gathered(mixer.parameters()):
@@ -231,6 +236,11 @@ class Engine:
 
         groups = parameter_groups(self._model, layers)
         return self._state.read(groups, shrink, self._group)
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed that is another one for every other sequence of numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def _optimizer_groups(model: SequenceModel, train: TrainConfig) -> list[dict[str, Any]]:

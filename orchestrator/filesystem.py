@@ -23,6 +23,7 @@ import pyarrow as pa
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
 from orchestrator.errors import UserError
+from orchestrator.failpoints import reach
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -127,6 +128,7 @@ class Folder:
             try:
                 with self.filesystem.open_output_stream(target, compression=None) as stream:
                     stream.write(content)
+                    reach("write", self.name)
                 if self.is_local:
                     _flush_to_disk(target)
                     self.filesystem.move(target, final)

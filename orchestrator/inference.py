@@ -26,23 +26,28 @@ from orchestrator.filesystem import Folder
 from orchestrator.storage import checkpoints_of, earlier_storage
 
 
-def load_model(run: Path | str) -> SequenceModel:
+def load_model(run: Path | str, step: int | None = None) -> SequenceModel:
     """The model alone, as `load_run` gives it."""
-    return load_run(run)[0]
+    return load_run(run, step)[0]
 
 
-def load_run(run: Path | str) -> tuple[SequenceModel, RunConfig]:
-    """The config of a run, and the model of its newest complete checkpoint, in float32 on the CPU, set to evaluation.
+def load_run(run: Path | str, step: int | None = None) -> tuple[SequenceModel, RunConfig]:
+    """The config of a run, and the model of a checkpoint, in float32 on the CPU, set to evaluation.
 
     `run` is the run's folder, or the URI of the folder with its checkpoints, such as s3://bucket/checkpoints/NAME.
-    The run may be training, finished or killed; its dataset is not needed.
+    `step` says which complete checkpoint, without it the newest. The run may be training, finished or killed; its
+    dataset is not needed.
 
     Raises:
-        UserError: `run` is neither, has no complete checkpoint, or its newest one is damaged.
+        UserError: `run` is neither, has no such checkpoint, or it is damaged.
     """
-    path = checkpoint.newest(_checkpoints(run))
+    folder = _checkpoints(run)
+    path = checkpoint.newest(folder) if step is None else checkpoint.at(folder, step)
     if path is None:
         raise UserError(f"run {run} has no complete checkpoint yet; train.checkpoint_every says when it writes one")
+    if step is not None and not path.has(checkpoint.MANIFEST):
+        others = [str(s) for s in checkpoint.steps(folder) if checkpoint.at(folder, s).has(checkpoint.MANIFEST)]
+        raise UserError(f"run {run} has no complete checkpoint of step {step}; it has {', '.join(others) or 'none'}")
     manifest = checkpoint.verify(path)
     config = parse_config(manifest.config)
     model = build_model(config.model, _task(config, manifest.shapes), manifest.state_dims)

@@ -28,7 +28,7 @@ _BATCH_S = 2.0
 # Of a row of metrics.jsonl, what MLflow has places of its own for.
 _NO_METRICS = ("step", "seconds")
 # How a run of a sweep has ended, as its tag says.
-_TOLD = {"FINISHED": "finished", "KILLED": "pruned", "FAILED": "failed"}
+_TOLD = {"FINISHED": "finished", "KILLED": "stopped", "FAILED": "failed"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Nesting:
 
     parent_run_id: str | None
     tags: Mapping[str, str]
+    pruned: Path | None = None
+    """A file that is there if the run was pruned, and not just stopped."""
 
 
 class MlflowTracker:
@@ -73,6 +75,7 @@ class MlflowTracker:
         self._memory = memory
         self._warn = warn
         self._tags = dict(nesting.tags) if nesting else {}
+        self._pruned = nesting.pruned if nesting else None
         if nesting and nesting.parent_run_id:
             self._tags["mlflow.parentRunId"] = nesting.parent_run_id
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
@@ -107,7 +110,8 @@ class MlflowTracker:
     def close(self, status: str) -> None:
         self._jobs.put(self._send_metrics)
         if self._tags:
-            self._jobs.put(lambda: self._tag("status", _TOLD[status]))
+            pruned = self._pruned is not None and self._pruned.exists()
+            self._jobs.put(lambda: self._tag("status", "pruned" if pruned else _TOLD[status]))
         self._jobs.put(lambda: self._client.set_terminated(self._connected_run(), status=status))
         self._jobs.put(None)
         self._thread.join(self._patience())

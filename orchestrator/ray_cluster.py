@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import ray
 
-from orchestrator.config import RunConfig
+from orchestrator.config import ClusterConfig, RunConfig
 from orchestrator.errors import UserError
 
 START_TRIES = 3
@@ -107,15 +107,30 @@ def _check_resources(config: RunConfig, may_grow: bool) -> None:
     may_have = ray._private.state.state.get_max_resources_from_cluster_config()
     if may_have is None and may_grow:
         return
-    may_have = may_have or {}
-    wanted = {"CPU": config.cluster.cpus_per_worker, "GPU": int(config.cluster.use_gpu)}
-    for resource, per_worker in wanted.items():
-        need, most = per_worker * config.cluster.workers.min, max(has.get(resource, 0), may_have.get(resource, 0))
+    cluster, grows = config.cluster, may_have is not None
+    for resource, per_worker in _per_worker(cluster).items():
+        need, most = per_worker * cluster.workers.min, max(has.get(resource, 0), (may_have or {}).get(resource, 0))
         if need > most:
             raise UserError(
-                f"cluster.workers {config.cluster.workers.min} need {need} {resource}s ({per_worker} each), "
+                f"cluster.workers {cluster.workers.min} need {need} {resource}s ({per_worker} each), "
                 f"but the cluster has {most:g}"
             )
+    if not grows and (room := workers_that_fit(cluster)) < cluster.workers.min:
+        raise UserError(
+            f"cluster.workers {cluster.workers.min} with cluster.cpus_per_worker {cluster.cpus_per_worker} do not fit: "
+            f"the nodes, each for itself, have room for {room}"
+        )
+
+
+def workers_that_fit(cluster: ClusterConfig) -> int:
+    """How many workers the nodes that are up have room for, each of which lies on one of them."""
+    needs = _per_worker(cluster)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(min(int(node.get(kind, 0) // need) for kind, need in needs.items()) for node in nodes)
+
+
+def _per_worker(cluster: ClusterConfig) -> dict[str, int]:
+    return {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
 
 
 def why_unreachable(address: str) -> str | None:

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -131,7 +132,10 @@ def load_space(name: str) -> Space:
     takes = list(inspect.signature(settings).parameters)
     if sorted(takes) != sorted(knobs):
         raise UserError(f"space {name}: settings() takes {', '.join(takes)}, but KNOBS has {', '.join(knobs)}")
-    return Space(Path(name).stem, knobs, settings)
+    stem = Path(name).stem
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", stem):
+        raise UserError(f"space {name}: its file's name, part of runs' names, may have letters, digits, . _ and - only")
+    return Space(stem, knobs, settings)
 
 
 def optuna_space(space: Space) -> dict[str, BaseDistribution]:

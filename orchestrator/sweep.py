@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 import numpy as np
 import optuna
-import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import ConcurrencyLimiter
@@ -30,13 +29,13 @@ from ray.tune.search.optuna import OptunaSearch
 from orchestrator import launch
 from orchestrator.collection import below, parent_run, refuse_another_request, remember_request
 from orchestrator.config import RunConfig, load_config, parse_config
-from orchestrator.crew import Crew
+from orchestrator.crew import Crew, release_dead
 from orchestrator.data.sources import prepare
 from orchestrator.errors import Interrupted, TrainingError, UserError
 from orchestrator.launch import Lent
 from orchestrator.mlflow_tracker import MLFLOW_RUN, Nesting, mlflow_command, mlflow_tracker
-from orchestrator.ray_cluster import HERE, cluster_address, ray_cluster
-from orchestrator.run_folder import write_whole
+from orchestrator.ray_cluster import HERE, cluster_address, ray_cluster, workers_that_fit
+from orchestrator.run_folder import Json, write_whole
 from orchestrator.signals import stop_request
 from orchestrator.space import Point, Space, load_space, optuna_space
 from orchestrator.storage import hold_folder
@@ -46,17 +45,30 @@ from orchestrator.sweep_report import (
     best_of,
     best_so_far,
     left_open,
-    measured_from,
+    measurements,
+    measurements_of_ended,
     outcomes,
     statuses,
     write_sweep_report,
 )
 from orchestrator.terminal import Terminal, chatter_to, dims, duration
-from orchestrator.trial import AGAIN, OBJECTIVES, OUTCOME, PRUNED, Sweep, Trial, conclude, folder_of, status_of
-from orchestrator.trunk import NAME, share_a_trunk, untruncated
+from orchestrator.trial import (
+    AGAIN,
+    OBJECTIVES,
+    OUTCOME,
+    PRUNED,
+    Sweep,
+    Trial,
+    conclude,
+    folder_of,
+    status_of,
+    workers_of,
+)
+from orchestrator.trunk import share_a_trunk, trunk_of
 
 Search = Literal["tpe", "random", "grid"]
 Pruning = Literal["none", "asha", "median"]
+SAMPLES = 16  # of a random or TPE search that does not say how many
 # A trial is first judged after this share of the training, and every rung lets the best quarter go on.
 GRACE, REDUCTION = 0.25, 4
 SHOW_EVERY_S = 2.0
@@ -108,7 +120,9 @@ def tune_schedules(config: RunConfig, request: Request) -> dict[str, Any]:
         shared = request.share and share_a_trunk(space, base, points)
         if request.share and not shared:
             terminal.line(f"nothing to share: space {space.name} changes the training before the first cut too")
-        ahead = max((space.config(base, point).probe_steps[0] - 1 for point in points), default=0)
+        # The trunk goes on to its end where it is a baseline too; else no further than is known to be needed.
+        known = [*points, *(space.edges() if request.baselines else [])]
+        ahead = max((space.config(base, point).probe_steps[0] - 1 for point in known), default=0)
         sweep = Sweep(base, space, shared, tracker.run_id if tracker is not None else None, ahead)
         total = len(points) if request.search != "tpe" else request.samples
         assert total is not None
@@ -170,21 +184,20 @@ def check(config: RunConfig, request: Request) -> tuple[Space, list[Point]]:
         points = [space.random_point(generator) for _ in range(request.samples or 0)]
     for point in points:
         space.config(config, point)
+    if request.pruning != "none":
+        grace, every = _grace(space, config, points), config.train.eval_every
+        if -(-grace // every) * every >= config.train.steps:
+            raise UserError(
+                f"--pruning {request.pruning} judges trials by an evaluation after step {grace - 1}, when all have "
+                f"been cut: with train.eval_every {every} there is none before the last step {config.train.steps}"
+            )
     return space, points
 
 
 def room_for(config: RunConfig) -> int:
     """How many trials the cluster has room for at a time, at least 1; Ray Tune does not count their workers."""
-    per_worker = {"CPU": config.cluster.cpus_per_worker}
-    if config.cluster.use_gpu:
-        per_worker["GPU"] = 1
-    workers = sum(
-        min(int(node["Resources"].get(kind, 0) // need) for kind, need in per_worker.items())
-        for node in ray.nodes()
-        if node["Alive"]
-    )
     # An elastic trial takes as many workers as it may have, and keeps them for the next one.
-    return max(1, workers // config.cluster.workers.max)
+    return max(1, workers_that_fit(config.cluster) // config.cluster.workers.max)
 
 
 def _run(
@@ -211,7 +224,8 @@ def _run(
     )
     # What is to be remembered is in the trials' folders, a run's own checkpoints among it.
     experiment = folder / "tune"
-    shutil.rmtree(experiment, ignore_errors=True)
+    for left_over in (experiment, workers_of(folder)):
+        shutil.rmtree(left_over, ignore_errors=True)
     none = tune.CheckpointConfig(checkpoint_at_end=False)
     run_config = tune.RunConfig(
         name=experiment.name, storage_path=str(folder), checkpoint_config=none, callbacks=[_Judgement(folder)]
@@ -219,6 +233,7 @@ def _run(
     tuner = tune.Tuner(trainable, tune_config=tune_config, run_config=run_config)
     with _sigterm_as_sigint() as terminated, _shown(folder, total, request.objectives[0], terminal):
         trials: list[tune.experiment.Trial] = tuner.fit()._experiment_analysis.trials
+    release_dead(workers_of(folder), all_are=True)  # Ray Tune gives them ten seconds, and then ends them
     if len(trials) < left or not all(map(_ended, trials)):
         number = signal.SIGTERM if terminated else signal.SIGINT
         raise Interrupted(f"sweep {folder.name} stopped; the same command continues it", number)
@@ -255,7 +270,10 @@ def _searcher(
 
 
 class _Judgement(tune.Callback):  # type: ignore[misc]
-    """Leaves in a trial's folder that the sweep's pruning ends it, before its process hears of it."""
+    """Leaves in a trial's folder that the sweep's pruning ends it, before its process hears of it.
+
+    And gives back what the workers of a trial occupied whose process has died, for the next one to begin.
+    """
 
     def __init__(self, sweep: Path) -> None:
         self._sweep = sweep
@@ -265,6 +283,9 @@ class _Judgement(tune.Callback):  # type: ignore[misc]
     ) -> None:
         if result.get("done") and status_of(folder := folder_of(self._sweep, trial.trial_id))[0] == "running":
             (folder / PRUNED).touch()
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: object) -> None:
+        release_dead(workers_of(self._sweep))
 
 
 def _ended(trial: tune.experiment.Trial) -> bool:
@@ -287,7 +308,7 @@ def _conclude_rest(sweep: Sweep, trials: Sequence[tune.experiment.Trial], termin
             words: str | None = trial.get_error() if trial is not None else None
             conclude(folder, "failed", words.strip().splitlines()[-1] if words else "its process was killed")
         if (folder / MLFLOW_RUN).exists():
-            nesting = Nesting(sweep.parent_run_id, {"trial": folder.name})
+            nesting = Nesting(sweep.parent_run_id, {"trial": folder.name}, folder / PRUNED)
             tracker = mlflow_tracker(load_config(folder / "config.yaml"), folder, terminal.line, nesting)
             if tracker is not None:
                 tracker.close("KILLED" if pruned else "FAILED")
@@ -343,31 +364,58 @@ def _shown(folder: Path, total: int, objective: str, terminal: Terminal) -> Iter
 
 
 def _scheduler(sweep: Sweep, request: Request, points: Sequence[Point]) -> TrialScheduler:
-    """What judges trials; ASHA by those too that had ended before the sweep was continued."""
+    """What judges trials, by those too that had ended before the sweep was continued."""
     if request.pruning == "none":
         return FIFOScheduler()
     base, metric = sweep.base, request.objectives[0]
-    # Not before all have been cut: beside one that has not been, every cut looks bad.
-    grace = max(int(GRACE * base.train.steps), sweep.space.latest_cut(base, points)) + 1
+    grace = _grace(sweep.space, base, points)
     which: dict[str, Any] = {"time_attr": "step", "metric": metric, "mode": OBJECTIVES[metric]}
     if request.pruning == "asha":
-        asha = ASHAScheduler(
-            # One rung: at the last step there is nothing left to stop.
-            max_t=max(grace, base.train.steps - 1),
+        return _Halving(base.storage, grace, base.train.steps, **which)
+    return _MedianRule(base.storage, grace, **which)
+
+
+def _grace(space: Space, config: RunConfig, points: Sequence[Point]) -> int:
+    """The step from which trials are judged, when all have been cut: beside one that has not, every cut looks bad."""
+    return max(int(GRACE * config.train.steps), space.latest_cut(config, points)) + 1
+
+
+class _Halving(ASHAScheduler):  # type: ignore[misc]
+    """One rung, at which each trial is judged by what it had there, be it in an earlier start of the sweep."""
+
+    def __init__(self, sweep: Path, grace: int, steps: int, **which: Any) -> None:
+        super().__init__(
+            max_t=max(grace, steps - 1),  # at the last step there is nothing left to stop
             grace_period=grace,
             reduction_factor=REDUCTION,
             stop_last_trials=False,
             **which,
         )
-        [(_, recorded)] = asha._brackets[0]._rungs
-        sign = 1 if OBJECTIVES[metric] == "max" else -1
-        recorded |= {trial: sign * value for trial, value in measured_from(base.storage, metric, grace).items()}
-        return asha
-    return _MedianRule(grace_period=grace, **which)
+        self._sweep, self._grace = sweep, grace
+        [(_, recorded)] = self._brackets[0]._rungs
+        recorded |= {name: self._metric_op * self._at_the_rung(rows) for name, rows in self._histories().items()}
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if result["step"] >= self._grace:
+            rows = measurements(folder_of(self._sweep, trial.trial_id), self._metric)
+            result = result | {self._metric: self._at_the_rung([*rows, result])}
+        decision: str = super().on_trial_result(controller, trial, result)
+        return decision
+
+    def _histories(self) -> dict[str, list[Json]]:
+        ended = measurements_of_ended(self._sweep, self._metric)
+        return {name: rows for name, rows in ended.items() if rows[-1]["step"] >= self._grace}
+
+    def _at_the_rung(self, rows: Sequence[Json]) -> float:
+        return float(next(row[self._metric] for row in rows if row["step"] >= self._grace))
 
 
 class _MedianRule(MedianStoppingRule):  # type: ignore[misc]
     """As long as there are too few trials to judge by, a trial goes on: Ray Tune has nothing to pause it with."""
+
+    def __init__(self, sweep: Path, grace: int, **which: Any) -> None:
+        super().__init__(grace_period=grace, **which)
+        self._results |= measurements_of_ended(sweep, which["metric"])
 
     def on_trial_result(self, *arguments: Any) -> str:
         decision: str = super().on_trial_result(*arguments)
@@ -390,14 +438,15 @@ def _baselines(sweep: Sweep, best: Outcome, terminal: Terminal) -> dict[str, dic
         Interrupted: a signal ended one of them; the sweep's same command continues it.
     """
     base = sweep.base
-    full = untruncated(base, NAME)  # goes on where the trunk has ended
+    # Goes on where the trunk has ended, and keeps its checkpoints: a trial that is tried again may need one.
+    full = trunk_of(base).model_copy(update={"train": base.train})
     raw = full.model_dump(mode="json")
     # A trial that is tried again may become the best, with other dimensions.
     name = "-".join(map(str, ["scratch", *best.final_dims]))
     scratch = parse_config(raw | {"name": name, "model": raw["model"] | {"d_state": best.final_dims}})
     summaries = {}
     log = base.storage / "logs" / "ray.log"
-    with stop_request() as stop, Crew(base.cluster, base.storage / "ray_train", log) as crew:
+    with stop_request() as stop, Crew(base.cluster, workers_of(base.storage), log) as crew:
         for config, what in ((full, "full size"), (scratch, f"{dims(best.final_dims)} from scratch")):
             terminal.line(f"baseline: {what}")
             nesting = Nesting(sweep.parent_run_id, {"trial": config.name})

@@ -38,8 +38,19 @@ CAPTIONS = {
 }
 
 
+# What a held-out loss is set against: whether a trial is on the Pareto front, is a column for each.
+AGAINST = ("train_seconds", "states")
 # Of every trial, beside its knobs and objectives.
-COLUMNS = ("trial", "status", "first_cut", "trunk_step", "last_step", "final_dims", "error")
+COLUMNS = (
+    "trial",
+    "status",
+    "first_cut",
+    "trunk_step",
+    "last_step",
+    "final_dims",
+    "error",
+    *(f"front_{x}" for x in AGAINST),
+)
 
 BASELINES = ((VERMILION, "s", "--"), (GREEN, "^", ":"))  # how they are drawn: full size, from scratch
 
@@ -76,14 +87,15 @@ def left_open(folder: Path) -> list[tuple[Path, str]]:
     return [(trial, _begun(trial)["trial_id"]) for trial in _trials(folder) if not (trial / OUTCOME).exists()]
 
 
-def measured_from(folder: Path, objective: str, step: int) -> dict[str, float]:
-    """An objective as first measured at this step or later, of every trial that has finished or was pruned."""
-    found = {}
-    for trial in (trial for trial in _trials(folder) if status_of(trial)[0] not in AGAIN):
-        rows = [row for row in metrics_so_far(trial) if row["step"] >= step and objective in row]
-        if rows:
-            found[trial.name] = float(rows[0][objective])
-    return found
+def measurements(trial: Path, objective: str) -> list[Json]:
+    """The rows of a trial's metrics that have an objective, by step."""
+    return [row for row in metrics_so_far(trial) if objective in row]
+
+
+def measurements_of_ended(folder: Path, objective: str) -> dict[str, list[Json]]:
+    """By name, those of every trial that has finished or was pruned, if there are any."""
+    found = {trial.name: measurements(trial, objective) for trial in _trials(folder) if _has_ended(trial)}
+    return {name: rows for name, rows in found.items() if rows}
 
 
 def outcomes(folder: Path) -> list[Outcome]:
@@ -134,13 +146,15 @@ def write_sweep_report(
     # One that fails would have come as far by itself.
     naive = sum(o.last_step if o.status == "failed" else steps for o in found)
     rows = _of_equal_columns([outcome.row() for outcome in found])
+    fronts = {x: [row["trial"] for row in pareto(rows, x, "val_loss")] for x in AGAINST}
+    rows = [row | {f"front_{x}": row["trial"] in front for x, front in fronts.items()} for row in rows]
     summary: Json = {
         "name": folder.name,
         "space": space.name,
         "objectives": list(objectives),
         "best": {"trial": best.trial, "point": best.point, "final_dims": best.final_dims} | best.objectives,
         "trials": rows,
-        "front": [row["trial"] for row in pareto(rows, "train_seconds", "val_loss")],
+        "front": fronts["train_seconds"],
         "baselines": {what: final(run) | {"final_dims": run["final_dims"]} for what, run in baselines.items()},
         "importance": importance(found, name, mode, space),
         "steps_trained": trained,
@@ -203,6 +217,10 @@ def _of_equal_columns(rows: Sequence[Json]) -> list[Json]:
 
 def _trials(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("trial-*") if (path / POINT).exists())
+
+
+def _has_ended(trial: Path) -> bool:
+    return status_of(trial)[0] not in AGAIN
 
 
 def _begun(trial: Path) -> Json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import queue
 import secrets
@@ -73,7 +74,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
     def setup(self, config: dict[str, Any], sweep: Sweep) -> None:
         self._sweep = sweep
         base = sweep.base
-        self._crew = Crew(base.cluster, base.storage / "ray_train", base.storage / "logs" / "ray.log")
+        self._crew = Crew(base.cluster, workers_of(base.storage), base.storage / "logs" / "ray.log")
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -116,7 +117,8 @@ class Trial(tune.Trainable):  # type: ignore[misc]
                 trunk = Lent(self._crew, self._stop, Nesting(sweep.parent_run_id, {"trial": "trunk"}))
                 before = config.probe_steps[0] - 1
                 tags["trunk_step"] = str(branch(config, trunk_of(config), before, trunk, sweep.ahead))
-            summary = launch.train(config, Lent(self._crew, self._stop, Nesting(sweep.parent_run_id, tags), progress))
+            nesting = Nesting(sweep.parent_run_id, tags, folder / PRUNED)
+            summary = launch.train(config, Lent(self._crew, self._stop, nesting, progress))
             status, words, result = "finished", None, final(summary) | {"step": summary["steps"], "done": True}
         except Interrupted as error:
             status, words, result = "stopped", None, error
@@ -132,21 +134,18 @@ class Trial(tune.Trainable):  # type: ignore[misc]
 def _trial_folder(sweep: Sweep, trial_id: str, point: Mapping[str, Any]) -> Path:
     """The folder of a trial, numbered in the order of their beginnings; of one that an earlier start left, its own."""
     note = {"trial_id": trial_id, "start": sweep.start, "point": dict(point)}
-    for path in sorted(sweep.base.storage.glob(f"trial-*/{POINT}")):
-        other = json.loads(path.read_text())
-        if other["point"] == note["point"] and other["start"] != sweep.start and status_of(path.parent)[0] in AGAIN:
-            write_whole(path, json.dumps(note) + "\n")
-            return path.parent
-    number = len(list(sweep.base.storage.glob("trial-*")))
-    while True:
-        folder = sweep.base.storage / f"trial-{number:05d}"
-        try:
-            folder.mkdir()
-        except FileExistsError:  # another trial has begun at the same time
-            number += 1
-            continue
+    place = sweep.base.storage
+    with (place / "trials.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another trial may begin at the same time
+        folder = place / f"trial-{len(list(place.glob('trial-*'))):05d}"
+        for path in sorted(place.glob(f"trial-*/{POINT}")):
+            other = json.loads(path.read_text())
+            if other["point"] == note["point"] and other["start"] != sweep.start and status_of(path.parent)[0] in AGAIN:
+                folder = path.parent
+                break
+        folder.mkdir(exist_ok=True)
         write_whole(folder / POINT, json.dumps(note) + "\n")
-        return folder
+    return folder
 
 
 def status_of(folder: Path) -> tuple[str, str | None]:
@@ -156,10 +155,17 @@ def status_of(folder: Path) -> tuple[str, str | None]:
     """
     if (folder / PRUNED).exists():
         return "pruned", None
-    path = folder / OUTCOME
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"status": "stopped", "error": None}
+    try:
+        found: dict[str, Any] = json.loads((folder / OUTCOME).read_text())
+    except FileNotFoundError:
+        return "running", None
     status: str = found["status"]
     return "running" if status == "stopped" else status, found["error"]
+
+
+def workers_of(sweep: Path) -> Path:
+    """Where a sweep's crews leave what Ray Train writes."""
+    return sweep / "ray_train"
 
 
 def folder_of(sweep: Path, trial_id: str) -> Path:

@@ -16,13 +16,20 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray's workers would give way to whatever else computes here, and starve beside the tests of another file.
 os.environ.setdefault("RAY_worker_niceness", "0")
+# Any will do for the tests' own S3 server, and Ray's workers know what was there when Ray started.
+os.environ.setdefault("AWS_ACCESS_KEY_ID", "any")
+os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "any")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Two processes with as many threads as there are cores wait for each other in every small product.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import ray
 import torch
 import torch.distributed as dist
 
 from models.scan import backends, extension
-from tests.runs import end_crews, track
+from tests.runs import end_crews, end_drivers, track
+from tests.s3 import Server
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +66,12 @@ def small_run(tmp_path: Path, corpus: Path) -> dict[str, Any]:
     }
 
 
+@pytest.fixture(autouse=True)
+def _no_driver_outlives_its_test() -> Iterator[None]:
+    yield
+    end_drivers()
+
+
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database of MLflow without a run: making its tables takes seconds, copying them nothing."""
@@ -82,6 +95,13 @@ def local_ray() -> Iterator[None]:
     yield
     end_crews()
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.stop()
 
 
 def _join_alone() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +19,21 @@ import torch
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 from compression.plan import TruncationPlan
-from orchestrator import launch
+from orchestrator import checkpoint, launch
 from orchestrator.config import RunConfig
 from orchestrator.crew import Crew
 from orchestrator.launch import Lent
 from orchestrator.run_folder import read_metrics
+from orchestrator.storage import checkpoints_of
 
 # Guards against hangs and says nothing of speed: what has not ended by then, on however slow a machine, never will.
 HANGS_S = 900.0
 
 _crews: dict[tuple[object, ...], Crew] = {}
+_drivers: list[subprocess.Popen[str]] = []
 
 
 def train(config: RunConfig) -> dict[str, Any]:
@@ -58,7 +63,9 @@ def start(raw: dict[str, Any], *options: str, command: str = "train", **environm
     words = [str(Path(sys.executable).with_name("rayduce")), command, str(config), *options]
     pipe = subprocess.PIPE
     env = os.environ | environment
-    return subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, start_new_session=True, env=env)
+    driver = subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, start_new_session=True, env=env)
+    _drivers.append(driver)
+    return driver
 
 
 def track(raw: dict[str, Any], empty_store: Path) -> dict[str, Any]:
@@ -67,6 +74,34 @@ def track(raw: dict[str, Any], empty_store: Path) -> dict[str, Any]:
     storage.mkdir(parents=True)
     shutil.copy(empty_store, storage)
     return raw | {"tracking": {"mlflow": True, "mlflow_uri": f"sqlite:///{storage / empty_store.name}"}}
+
+
+def end_drivers() -> None:
+    """Those that a test which failed has left behind; whoever is held in them would be for ever."""
+    while _drivers:
+        driver = _drivers.pop()
+        if driver.poll() is None:
+            driver.kill()
+
+
+def alive_in(session: int) -> list[tuple[int, str]]:
+    """Process id and title of everything that lives in a session, such as a driver's."""
+    # Whole lines: pytest loads readline, which tells our children that these have 80 columns.
+    command = ["ps", "-ww", "-o", "pid=,stat=,args=", "-s", str(session)]
+    listing = subprocess.run(command, capture_output=True, text=True)
+    rows = [line.split(maxsplit=2) for line in listing.stdout.splitlines()]
+    return [(int(pid), title) for pid, state, title in rows if not state.startswith("Z")]
+
+
+def line_with(driver: subprocess.Popen[str], words: str) -> str:
+    """Wait for a line of a driver's output; nobody else must be reading it."""
+    found: list[str] = []
+    reader = threading.Thread(target=lambda: found.extend(islice((s for s in driver.stdout or () if words in s), 1)))
+    reader.daemon = True
+    reader.start()
+    reader.join(HANGS_S)
+    assert found, f"no line with {words!r}"
+    return found[0]
 
 
 def wait_until(condition: Callable[[], object], what: str, within: float = HANGS_S) -> None:
@@ -122,7 +157,29 @@ def dims_loaded_alone(*runs: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
-def saved(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    """Every parameter and moment of a checkpoint."""
-    shards = (folder / "checkpoints" / f"step-{step:08d}").glob("*.safetensors")
-    return {key: tensor for shard in shards for key, tensor in load_file(shard).items()}
+def saved(folder: Path, step: int, storage: str | None = None) -> dict[str, torch.Tensor]:
+    """Every parameter and moment of a run's checkpoint; `storage` is checkpoints.storage."""
+    place = checkpoint.at(checkpoints_of(folder, storage), step)
+    shards = [place.read(name) for name in place.names() if name.endswith(".safetensors")]
+    return {key: tensor for shard in shards if shard is not None for key, tensor in load(shard).items()}
+
+
+def assert_ended_like(raw: dict[str, Any], undisturbed: Path) -> None:
+    """Losses, weights and moments to the last bit, dims, cuts and plans as those of `small_run`, and one MLflow run."""
+    folder = Path(raw["storage"]) / raw["name"]
+    summary, expected = (json.loads((path / "summary.json").read_text()) for path in (folder, undisturbed))
+    assert summary["final_dims"] == expected["final_dims"] == [4, 4]
+    assert summary["val_loss_final"] == expected["val_loss_final"]
+    assert [cut["step"] for cut in summary["truncations"]] == [3, 7]
+    assert [plan.dims_after for plan in plans(folder)] == [(8, 8), (4, 4)]
+    (run,) = runs_of(raw)
+    assert (run.info.status, run.info.run_id) == ("FINISHED", summary["mlflow_run_id"])
+    assert losses(folder) == losses(undisturbed)
+    storage = raw["checkpoints"].get("storage")
+    assert_same_state(saved(folder, raw["train"]["steps"], storage), saved(undisturbed, raw["train"]["steps"]))
+
+
+def assert_same_state(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """To the last bit."""
+    assert ours.keys() == theirs.keys()
+    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []

@@ -16,9 +16,10 @@ from compression.gramians import LTISystem, lti_gramians
 from compression.hankel import lti_balancing
 from compression.moments import ParameterState
 from compression.planning import Occasion, Rule, plan_truncation
-from compression.ranking import Target
+from compression.ranking import Budget, Target
+from models.heads import NOT_ASKED
 from models.lru import LRU, LRUConfig
-from models.registry import ClassificationTask, build_model
+from models.registry import ClassificationTask, RecallTask, build_model
 from orchestrator.config import DistillConfig, RegularizeConfig, TrainConfig
 from orchestrator.group import Group
 from orchestrator.objective import Objective
@@ -154,7 +155,41 @@ def test_a_students_loss_falls_towards_its_teachers(monkeypatch: pytest.MonkeyPa
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
+def test_only_what_is_asked_is_taught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a recall sequence, the places that have an answer."""
+    torch.manual_seed(0)
+    config = LRUConfig(kind="lru", n_layers=1, d_model=8, d_state=4)
+    teacher, student = (build_model(config, RecallTask(20), [dim]) for dim in (4, 2))
+    monkeypatch.setattr("orchestrator.objective.load_model", lambda path: teacher)
+    tokens_BL = torch.randint(20, (3, 9))
+    targets_BL = torch.where(torch.rand(3, 9) < 0.3, torch.randint(20, (3, 9)), NOT_ASKED)
+    train = TrainConfig(steps=1, batch_size=1, lr=1.0, distill=DistillConfig(teacher="/teacher", alpha=0.0))
+    answers_BLV = student(tokens_BL)
+    lesson = Objective(train, GROUP).loss(student, answers_BLV, tokens_BL, targets_BL)
+    asked_BL = targets_BL != NOT_ASKED
+    expected = distillation_loss(answers_BLV[asked_BL], teacher(tokens_BL)[asked_BL], train.distill.temperature)
+    assert float(lesson) == pytest.approx(float(expected), rel=1e-6)
+
+
 # --- magnitude pruning ---
+
+
+def magnitudes(lru: LRU) -> Tensor:
+    B_N = torch.complex(lru.B_re, lru.B_im).norm(dim=1) * lru.gamma_log.exp()
+    return (B_N * torch.complex(lru.C_re, lru.C_im).norm(dim=0)).detach()
+
+
+def test_pruning_to_a_budget_removes_what_all_layers_rank_last() -> None:
+    """By its share of its layer's sum, as a comparison prunes."""
+    layers = [layer(seed=seed) for seed in range(3)]
+    shares_LN = torch.stack([weight_N / weight_N.sum() for weight_N in map(magnitudes, layers)])
+    kept_LN = shares_LN > shares_LN.flatten().sort(descending=True).values[10]
+    rule = Rule(Target(budget=Budget(states=10), allocation="global"), "magnitude", False, None, (8, 8, 8), 0)
+    plan = plan_truncation([lru.finish_statistics() for lru in layers], rule, Occasion(1, 1, 1, 1))
+    assert plan.dims_after == tuple(kept_LN.sum(1).tolist())
+    for lru, cut, kept_N in zip(layers, plan.layers, kept_LN, strict=True):
+        states = {name: ParameterState.fresh(p.detach()) for name, p in lru.named_parameters()}
+        assert relative_error(lru.shrink(cut, states)["nu_log"].value, lru.nu_log[kept_N]) < 1e-5
 
 
 @pytest.mark.parametrize("rank", [1, 3, 7])
@@ -166,8 +201,7 @@ def test_pruning_removes_exactly_what_it_ranks_last(rank: int) -> None:
         name: ParameterState(p.detach(), *(torch.rand(p.shape, generator=generator) for _ in range(2)))
         for name, p in lru.named_parameters()
     }
-    B_N = torch.complex(lru.B_re, lru.B_im).norm(dim=1) * lru.gamma_log.exp()
-    weight_N = (B_N * torch.complex(lru.C_re, lru.C_im).norm(dim=0)).detach()
+    weight_N = magnitudes(lru)
     kept_R = weight_N.sort(descending=True).indices[:rank].sort().values
     rule = Rule(Target(dim=rank), "magnitude", False, None, (8,), 0)
     plan = plan_truncation([lru.finish_statistics()], rule, Occasion(1, 1, 1, 1))

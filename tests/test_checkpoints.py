@@ -1,6 +1,6 @@
 """Checkpoints: complete or absent whatever happens, equal after a restore on any number of workers, kept as told.
 
-Every worker here is a writer of its own; the storage is a real folder, and an S3 server where moto is installed.
+Every worker here is a writer of its own; the storage is a real folder, and an S3 server.
 """
 
 from __future__ import annotations
@@ -13,14 +13,10 @@ import os
 import random
 import resource
 import shutil
-import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -41,6 +37,7 @@ from orchestrator.sharded_state import ShardedState, assign_owners
 from orchestrator.storage import checkpoints_of, run_folder
 from tests.conftest import Pair
 from tests.runs import HANGS_S, dims_loaded_alone, start, train, wait_until
+from tests.s3 import Server
 
 SHAPES = {"embedding": (7, 3), "mixer.A": (4,), "mixer.B": (4, 5), "norm": (1,), "scalar": ()}
 TOKEN, OTHER = "0" * 15 + "1", "f" * 16
@@ -103,61 +100,13 @@ def restored(path: Folder, workers: int = 1) -> dict[str, ParameterState]:
     return {name: state for own in loaded for name, state in own.items()}
 
 
-class Server:
-    """An S3 server with one empty bucket."""
-
-    def __init__(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.uri = f"s3://bucket/checkpoints?scheme=http&endpoint_override=127.0.0.1:{self.port}&region=us-east-1"
-        self.start()
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
-        while True:
-            with socket.socket() as client:
-                if client.connect_ex(("127.0.0.1", self.port)) == 0:
-                    break
-            assert time.monotonic() < deadline, "the S3 server does not start"
-            time.sleep(0.1)
-        Folder.of(f"{self.uri}&allow_bucket_creation=true", "bucket").create()
-
-    def parts(self) -> int:
-        """How many parts have arrived of uploads that have not ended."""
-        import boto3  # comes with moto
-
-        client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{self.port}", region_name="us-east-1")
-        uploads = client.list_multipart_uploads(Bucket="bucket").get("Uploads", [])
-        listings = [client.list_parts(Bucket="bucket", Key=u["Key"], UploadId=u["UploadId"]) for u in uploads]
-        return sum(len(listing.get("Parts", [])) for listing in listings)
-
-    def stop(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    if find_spec("moto") is None:
-        pytest.skip("moto is not installed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "key")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        server = Server()
-        yield server
-        server.stop()
-
-
 @pytest.fixture(params=["path", "file", "s3"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
     """A place for checkpoints, new to every test."""
     uris: dict[str, Callable[[], str | Path]] = {
         "path": lambda: tmp_path,
         "file": lambda: f"file://{tmp_path}",
-        "s3": lambda: request.getfixturevalue("server").uri,
+        "s3": lambda: request.getfixturevalue("s3").uri,
     }
     place = Folder.of(uris[request.param](), "place") / f"checkpoints-of-{tmp_path.name}"
     place.create()
@@ -249,18 +198,18 @@ def _save_much(uri: str, environment: dict[str, str]) -> None:
     writer.wait()
 
 
-def test_a_kill_in_the_middle_of_an_upload_leaves_the_checkpoint_before(server: Server) -> None:
+def test_a_kill_in_the_middle_of_an_upload_leaves_the_checkpoint_before(s3: Server) -> None:
     """Some parts of a shard are in the store, which knows of no such file; the same step is saved again later."""
-    uri = server.uri.replace("checkpoints?", "uploads?")
+    uri = s3.uri.replace("checkpoints?", "uploads?")
     place = Folder.of(uri, "place")
     before = write(place, 4)
     credentials = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     process = multiprocessing.get_context("spawn").Process(target=_save_much, args=(uri, credentials))
     process.start()
-    wait_until(lambda: server.parts() or not process.is_alive(), "a part has arrived")
+    wait_until(lambda: s3.parts() or not process.is_alive(), "a part has arrived")
     process.kill()
     process.join()
-    assert server.parts(), "the upload had ended before the kill"
+    assert s3.parts(), "the upload had ended before the kill"
     assert checkpoint.newest(place) == before
     assert checkpoint.at(place, 5).names() == []
     assert equal(restored(write(place, 5, seed=1)), states(1))
@@ -353,14 +302,14 @@ def test_storage_that_stays_away_is_told(tmp_path: Path) -> None:
         writer.wait()
 
 
-def test_an_s3_server_that_restarts_is_waited_for(server: Server) -> None:
-    folder = Folder.of(server.uri, "place", retry_s=60) / "restarts"
-    server.stop()
+def test_an_s3_server_that_restarts_is_waited_for(s3: Server) -> None:
+    folder = Folder.of(s3.uri, "place", retry_s=60) / "restarts"
+    s3.stop()
     writer = Writer(0, 1, 30)
     writer.save(checkpoint.at(folder, 1), TOKEN, manifest(1), share(states(0), 0, 1))
     time.sleep(1)
     writer.check()
-    server.start()
+    s3.start()
     writer.wait()
     assert equal(restored(checkpoint.at(folder, 1)), states(0))
 
@@ -457,14 +406,16 @@ def test_manifests_with_a_digest_of_their_own_are_refused_for_what_they_say(fold
             checkpoint.verify(path)
 
 
-def test_a_shard_that_leads_out_of_its_folder_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["checkpoint shard", "checkpoint manifest", "checkpoint"])
+def test_what_leads_out_of_its_folder_is_refused(tmp_path: Path, what: str) -> None:
     """Though what it leads to is what was written."""
     path = write(Folder.of(tmp_path, "place"), 5)
     (shard,) = checkpoint.verify(path).shards
-    file = Path(path.path, shard.file)
+    place = {"checkpoint shard": f"{path}/{shard.file}", "checkpoint manifest": f"{path}/{MANIFEST}"}
+    file = Path(place.get(what, str(path)))
     file.rename(tmp_path / "elsewhere")
     file.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=f"checkpoint shard {file} is a link"):
+    with pytest.raises(UserError, match=f"{what} {file} is a link"):
         checkpoint.verify(path)
 
 
@@ -573,13 +524,13 @@ def test_storage_that_cannot_be_used_is_refused_in_one_sentence(
 
 @pytest.mark.cluster
 def test_a_run_on_s3_continues_though_its_machine_is_gone_and_is_loaded_from_there(
-    server: Server, small_run: dict[str, Any], local_ray: None
+    s3: Server, small_run: dict[str, Any], local_ray: None
 ) -> None:
     """Through the command, as a person starts it; the model without Ray, DeepSpeed or MLflow."""
-    small_run["checkpoints"] = {"storage": f"{server.uri}", "keep_last": 1, "keep_best": 0}
+    small_run["checkpoints"] = {"storage": f"{s3.uri}", "keep_last": 1, "keep_best": 0}
     run = Path(small_run["storage"]) / "small"
     train(parse_config(small_run))
-    folder = Folder.of(server.uri, "place") / "small"
+    folder = Folder.of(s3.uri, "place") / "small"
     assert checkpoint.steps(folder) == [3, 7, 12], "both cuts and the last"
     last = checkpoint.at(folder, 12)
     ended = checkpoint.load_values(last, checkpoint.verify(last))
@@ -592,7 +543,7 @@ def test_a_run_on_s3_continues_though_its_machine_is_gone_and_is_loaded_from_the
     again = checkpoint.load_values(last, checkpoint.verify(last))
     assert all(torch.equal(again[name], value) for name, value in ended.items())
 
-    uri = server.uri.replace("checkpoints?", "checkpoints/small?")
+    uri = s3.uri.replace("checkpoints?", "checkpoints/small?")
     assert dims_loaded_alone(str(run), uri) == "[4, 4] [4, 4]\n"
 
 
@@ -666,8 +617,8 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_training_in_one_sentence(
     assert "\n" not in str(failed.value)
 
 
-def test_a_bucket_that_does_not_exist_is_refused(server: Server, small_run: dict[str, Any]) -> None:
-    small_run["checkpoints"] = {"storage": server.uri.replace("bucket", "pail")}
+def test_a_bucket_that_does_not_exist_is_refused(s3: Server, small_run: dict[str, Any]) -> None:
+    small_run["checkpoints"] = {"storage": s3.uri.replace("bucket", "pail")}
     words = r"checkpoints\.storage: s3://pail/checkpoints/small cannot be written"
     with pytest.raises(UserError, match=words), run_folder(parse_config(small_run)):
         pytest.fail("the run began")

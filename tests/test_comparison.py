@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from orchestrator.comparison import METHODS, PENALTIES, Request, check, compare
-from orchestrator.comparison_report import Row, markdown
+from orchestrator.comparison_report import Row, _figure, markdown, read_comparison
 from orchestrator.config import parse_config
 from orchestrator.errors import UserError
 from tests.runs import end_crews, family, losses, start, wait_while_running
@@ -98,7 +98,10 @@ def test_a_method_that_fails_is_told_and_more_can_be_asked_for(digits: dict[str,
     assert f"- failed: hsv_regularized 0.2, seed 0: {rows[2].error}\n" in (folder / "comparison.md").read_text()
     stamps = stamps_of(runs)
 
+    failed = rows[2]
     rows = compare(config, replace(request, methods=("scratch",), tolerances=(0.2, 0.6)))
+    # What was asked for before stays in the table; NaN of a failed run does not equal itself.
+    assert [row.run for row in read_comparison(folder)] == [row.run for row in [*rows, failed]]
     assert [row.named for row in rows] == ["full", "hankel 0.2", "scratch 0.2", "hankel 0.6", "scratch 0.6"]
     assert [row.final_dims for row in rows[1::2]] == [row.final_dims for row in rows[2::2]]
     assert sum(rows[3].final_dims) < sum(rows[1].final_dims)
@@ -144,6 +147,19 @@ def test_the_table_has_means_over_all_seeds_and_times_of_each_seeds_own_full_siz
     assert random.endswith("| 1 of 2, else failed |")
     assert distill.endswith("| 0 of 1, else failed |")
     assert {line.count("|") for line in (full, hankel, random, distill)} == {9}
+    [axes] = _figure(rows, METHODS).axes
+    points = {str(drawn.get_label()): drawn.get_offsets() for drawn in axes.collections}
+    assert {method: at[0].tolist() for method, at in points.items() if method in ("full", "hankel")} == {
+        "full": [1.0, pytest.approx(0.8)],
+        "hankel": [0.375, pytest.approx(0.7)],
+    }
+
+
+def test_without_labels_the_quality_is_the_loss() -> None:
+    rows = [replace(row(method, 0, 0.0, 10.0), val_accuracy=None, tokens_per_s=None) for method in ("full", "hankel")]
+    head, _, full, _ = markdown(rows, METHODS).splitlines()
+    assert "| held-out loss |" in head
+    assert full == "| full |  | 1.0000 | 4 6 | 1.00 | 1.0k | – | 1 |"
 
 
 @pytest.mark.parametrize(

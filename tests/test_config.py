@@ -26,6 +26,27 @@ def test_shipped_configs_are_valid_and_survive_their_own_yaml(path: Path) -> Non
     assert parse_config(yaml.safe_load(config.to_yaml())) == config
 
 
+# Blocks, H, N, steps, batch, learning rate, its factor for the state space, weight decay, dropout
+# (CompreSSM, arXiv 2510.02823, appendix); IMDB's dropout is 0.1 to 0.2 there.
+PAPER = {
+    "smnist": (1, 8, 256, 200_000, 50, 4e-4, 1.0, 0.0, 0.1),
+    "scifar": (6, 512, 384, 180_000, 50, 1e-3, 0.25, 0.05, 0.1),
+    "listops": (6, 128, 256, 80_000, 32, 1e-3, 0.5, 0.05, 0.0),
+    "imdb": (1, 256, 192, 50_000, 32, 1e-3, 0.1, 0.05, 0.1),
+    "aan": (6, 128, 256, 100_000, 64, 1e-3, 0.5, 0.05, 0.1),
+    "pathfinder": (6, 192, 256, 500_000, 64, 1e-3, 0.25, 0.05, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_configs_have_its_hyperparameters(name: str) -> None:
+    config = load_config(QUICKSTART.parent / "paper" / f"{name}.yaml")
+    model, train = config.model, config.train
+    sizes = (model.n_layers, model.d_model, model.d_state, train.steps, train.batch_size)
+    assert (*sizes, train.lr, train.ssm_lr_factor, train.weight_decay, model.dropout) == PAPER[name]
+    assert config.probe_steps == tuple(round(share * train.steps) for share in (0.025, 0.05, 0.075, 0.1))
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,38 @@ from tests.runs import HANGS_S, dims_loaded_alone, losses, plans, saved, start, 
 
 pytestmark = pytest.mark.cluster
 Finished = tuple[RunConfig, Path]
+
+
+def _losses_of_a_step_and_of_its_repetition(raw: dict[str, Any], text: bytes) -> tuple[list[float], bool, bool]:
+    from models.registry import LanguageTask
+    from orchestrator.data.batches import Batch
+    from orchestrator.engine import Engine
+    from orchestrator.group import Group
+
+    engine = Engine(parse_config(raw), LanguageTask(256), [16, 16], Group(0, 1, torch.device("cpu")))
+    tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).long().reshape(4, -1)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:])
+    engine.step(batch, 1)
+    state = engine.state()
+    found = [float(engine.step(batch, 2))]
+    for step in (2, 3):
+        engine.restore([16, 16], state)
+        found.append(float(engine.step(batch, step)))
+    evaluated = engine.evaluate([batch]) == engine.evaluate([batch])
+    first, second = ([part.to_vector() for part in engine.statistics([batch])] for _ in range(2))
+    engine.close()
+    return found, evaluated, all(map(torch.equal, first, second))
+
+
+def test_what_is_dropped_follows_from_the_step(small_run: dict[str, Any], alone: ProcessPoolExecutor) -> None:
+    small_run["model"]["dropout"] = 0.5
+    small_run |= {"cluster": {"zero_stage": 2}, "truncation": None}
+    found, evaluated, counted = alone.submit(
+        _losses_of_a_step_and_of_its_repetition, small_run, os.urandom(132)
+    ).result()
+    assert found[0] == found[1] != found[2]
+    assert evaluated, "an evaluation drops something"
+    assert counted, "a probe drops something"
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +278,7 @@ def _trained(folder: Path, step: int) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_a_signal_ends_the_run_with_a_checkpoint(number: signal.Signals, small_run: dict[str, Any]) -> None:
     """SIGINT to the whole session, as a terminal does, or SIGTERM; the same command continues from there."""
-    small_run["train"] |= {"steps": 300, "checkpoint_every": 1000, "eval_every": 1000}
+    small_run["train"] |= {"steps": 150, "checkpoint_every": 1000, "eval_every": 1000}
     folder = Path(small_run["storage"]) / "small"
     driver = start(small_run)
     wait_while_running(driver, functools.partial(_trained, folder, 8), "some steps")
@@ -254,14 +287,14 @@ def test_a_signal_ends_the_run_with_a_checkpoint(number: signal.Signals, small_r
     assert driver.returncode == 128 + number
     assert not (folder / "summary.json").exists()
     stopped = max(losses(folder))
-    assert f"stopped after step {stopped} of 300; the same command continues" in said
-    assert stopped < 300
+    assert f"stopped after step {stopped} of 150; the same command continues" in said
+    assert stopped < 150
     assert saved(folder, stopped)
     again = start(small_run)
     shown, said = again.communicate(timeout=HANGS_S)
     assert again.returncode == 0, said
     assert f"continued after step {stopped}" in shown
-    assert list(losses(folder)) == list(range(1, 301))
+    assert list(losses(folder)) == list(range(1, 151))
     assert json.loads((folder / "summary.json").read_text())["final_dims"] == [4, 4]
 
 

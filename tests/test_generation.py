@@ -31,6 +31,7 @@ from models.registry import LanguageTask, build_model
 from orchestrator import checkpoint
 from orchestrator.cli import main
 from orchestrator.config import parse_config
+from orchestrator.errors import UserError
 from orchestrator.filesystem import Folder
 from orchestrator.inference import load_model
 from orchestrator.storage import checkpoints_of
@@ -202,6 +203,13 @@ def test_the_loaded_model_is_the_trained_one(run: Path, classifier: Path) -> Non
         assert all(torch.equal(parameter, values[name]) for name, parameter in model.named_parameters())
         if isinstance(model, LanguageModel):
             assert model.lm_head.weight is model.backbone.embedding.weight
+
+
+@pytest.mark.cluster
+def test_an_earlier_checkpoint_is_loaded_by_its_step(run: Path) -> None:
+    assert load_model(run, step=5).state_dims == [8, 8]
+    with pytest.raises(UserError, match=r"no complete checkpoint of step 4; it has 3, 5, 7, 10, 12$"):
+        load_model(run, step=4)
 
 
 @pytest.mark.cluster

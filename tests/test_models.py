@@ -198,6 +198,18 @@ def test_blocks_add_to_the_residual_stream() -> None:
 # --- cutting a Mamba layer ---
 
 
+def test_training_drops_a_share_of_what_a_block_adds() -> None:
+    """And scales the rest up; outside of training nothing is dropped."""
+    config = MambaConfig(kind="mamba", n_layers=1, d_model=8, d_state=4, dropout=0.25)
+    [block] = build_model(config, ClassificationTask(1, 2), [4]).backbone.blocks()
+    x_BLM = torch.randn(64, 40, 8)
+    added_BLM, whole_BLM = block(x_BLM) - x_BLM, block.mixer(block.norm(x_BLM))
+    kept_BLM = added_BLM.abs() > 1e-6
+    assert float(kept_BLM.float().mean()) == pytest.approx(0.75, abs=0.02)
+    torch.testing.assert_close(added_BLM[kept_BLM], whole_BLM[kept_BLM] / 0.75, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(block.eval()(x_BLM), x_BLM + whole_BLM)
+
+
 def with_gradients(layer: TruncatableLayer, x_BLM: Tensor) -> dict[str, ParameterState]:
     """Every parameter with its gradient as first and the gradient's square as second moment."""
     out_BLM = layer(x_BLM)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from optuna.distributions import BaseDistribution
+from ray import tune
 from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
 
 from orchestrator.config import RunConfig, load_config, parse_config
@@ -126,13 +127,15 @@ def test_a_broken_space_is_refused_in_one_sentence(
         ({"objectives": ("val_loss", "states", "states")}, "states is named twice"),
         ({"objectives": ("val_loss", "states"), "pruning": "asha"}, "asha goes by one objective, not 2"),
         ({"objectives": ("states",), "pruning": "median"}, "median needs val_loss or val_accuracy, not states"),
+        ({"pruning": "asha"}, "train.eval_every 200 there is none before the last step 200"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_in_one_sentence(
     changes: dict[str, Any], sentence: str, base: RunConfig
 ) -> None:
+    seldom = base.model_copy(update={"train": base.train.model_copy(update={"eval_every": 200})})
     with pytest.raises(UserError, match=sentence):
-        check(base, request_of(**({"space": "timing"} | changes)))
+        check(seldom, request_of(**({"space": "timing"} | changes)))
 
 
 def test_trials_are_judged_when_all_have_been_cut(base: RunConfig) -> None:
@@ -149,9 +152,10 @@ def test_trials_are_judged_when_all_have_been_cut(base: RunConfig) -> None:
     assert median._grace_period == 81
 
 
-def test_a_continued_sweep_knows_what_asha_has_judged(base: RunConfig, tmp_path: Path) -> None:
+def test_a_continued_sweep_knows_what_has_been_judged(base: RunConfig, tmp_path: Path) -> None:
+    """The third was running when the sweep stopped: it is judged by what it had at the rung, not by what it has now."""
     sweep = Sweep(base.model_copy(update={"storage": tmp_path}), load_space("timing"), shared=True, parent_run_id=None)
-    for number, rows in enumerate(([(40, 9.0), (100, 3.0), (200, 2.0)], [(40, 9.0)], [])):
+    for number, rows in enumerate(([(40, 9.0), (100, 3.0), (200, 2.0)], [(40, 9.0)], [(100, 5.0)])):
         folder = tmp_path / f"trial-{number:05d}"
         folder.mkdir()
         (folder / "point.json").write_text(json.dumps({"trial_id": str(number), "point": {"at": 0.3}}))
@@ -162,6 +166,13 @@ def test_a_continued_sweep_knows_what_asha_has_judged(base: RunConfig, tmp_path:
     asha = _scheduler(sweep, request_of("timing", pruning="asha"), [{"at": 0.3}])
     assert isinstance(asha, ASHAScheduler)
     assert asha._brackets[0]._rungs == [(81, {"trial-00000": -3.0})]
+    median = _scheduler(sweep, request_of("timing", pruning="median"), [{"at": 0.3}])
+    assert isinstance(median, MedianStoppingRule)
+    means = {name: median._running_mean(name, 200) for name in median._trials_beyond_time(100)}
+    assert means == {"trial-00000": 2.5}
+    resumed = tune.experiment.Trial("trial", stub=True, trial_id="2")
+    asha.on_trial_add(None, resumed)
+    assert asha.on_trial_result(None, resumed, {"step": 150, "val_loss": 1.0}) == asha.STOP
 
 
 def test_a_value_in_the_middle_of_a_choice_counts(base: RunConfig) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,17 +16,32 @@ import mlflow
 import pyarrow.parquet as pq
 import pytest
 import torch
+from click.testing import CliRunner
+from mlflow.entities import Run
 from optuna.trial import TrialState
 from ray import tune
 
+from orchestrator.cli import main
 from orchestrator.config import load_config, parse_config
 from orchestrator.errors import UserError
-from orchestrator.space import load_space
-from orchestrator.sweep import Pruning, Request, _conclude_rest, _searcher, check, tune_schedules
-from orchestrator.sweep_report import Outcome, _of_equal_columns, outcomes, pareto
+from orchestrator.space import Space, load_space
+from orchestrator.sweep import Pruning, Request, _conclude_rest, _searcher, check, room_for, tune_schedules
+from orchestrator.sweep_report import FEWEST, Outcome, _of_equal_columns, importance, outcomes, pareto
 from orchestrator.terminal import Terminal
 from orchestrator.trial import Sweep, _trial_folder
-from tests.runs import HANGS_S, end_crews, family, losses, saved, start, train, wait_while_running
+from tests.runs import (
+    HANGS_S,
+    alive_in,
+    assert_same_state,
+    end_crews,
+    family,
+    losses,
+    saved,
+    start,
+    train,
+    wait_while_running,
+)
+from tune_spaces.knobs import Float
 
 TRIALS = 3
 
@@ -40,6 +57,17 @@ def test_the_front_is_what_no_other_trial_beats_in_both() -> None:
     front = {(row["val_loss"], row["train_seconds"]) for row in pareto(found, "train_seconds", "val_loss")}
     beaten = {(a, b) for a, b in points if any(c <= a and d <= b and (c, d) != (a, b) for c, d in points)}
     assert front == {tuple(point) for point in points} - beaten
+
+
+def test_a_knob_that_decides_is_the_important_one() -> None:
+    knobs = {name: Float(0.0, 1.0, "A number.") for name in ("decides", "idles")}
+    points = torch.rand(24, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
+    found = [replace(outcome(one, 1.0), point={"decides": one, "idles": other}) for one, other in points]
+    space = Space("two", knobs, dict)
+    shares = importance(found, "val_loss", "min", space)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["decides"] > 0.8
+    assert importance(found[: FEWEST - 1], "val_loss", "min", space) == {}
 
 
 def test_what_the_first_trial_did_not_come_to_has_its_column_all_the_same() -> None:
@@ -168,6 +196,7 @@ def test_a_sweep_that_was_killed_is_continued_and_equals_runs_of_their_own(
 
     tune_schedules(parse_config(timed_cut), Request("timing", TRIALS, ("val_loss",), "random", "none", True, True))
     output = capfd.readouterr().out
+    assert re.search(rf"\d of {TRIALS} trials: .*best val_loss", output)
     assert (folder / "trial-00000" / "summary.json").stat().st_mtime_ns == finished  # not trained again
     found = outcomes(folder)
     assert [trial.status for trial in found] == ["finished"] * TRIALS
@@ -180,25 +209,43 @@ def test_a_sweep_that_was_killed_is_continued_and_equals_runs_of_their_own(
     assert train(load_config(folder / "best.yaml"))["val_loss_final"] == best["val_loss"]
     shared, whole = folder / trial.trial, folder.parent / "small-timing-best"
     assert losses(shared) == losses(whole)  # the trunk's steps among them
-    state, expected = saved(shared, 24), saved(whole, 24)
-    assert all(torch.equal(state[key], expected[key]) for key in expected)
+    assert_same_state(saved(shared, 24), saved(whole, 24))
 
 
 @pytest.mark.long
 @pytest.mark.cluster
 def test_a_sweep_that_was_interrupted_is_continued(timed_cut: dict[str, Any]) -> None:
+    """One whose points are not known beforehand: the trunk goes no further than a trial needs."""
     folder = Path(timed_cut["storage"]) / "small-timing"
-    first = tuned(timed_cut, *OPTIONS)
+    options = ["--space", "timing", "--samples", str(TRIALS), "--no-baselines"]
+    first = tuned(timed_cut, *options)
     wait_while_running(first, (folder / "trial-00001" / "metrics.jsonl").exists, "the second trial runs")
     first.send_signal(signal.SIGINT)
     output, errors = first.communicate(timeout=HANGS_S)
     assert first.returncode == 128 + signal.SIGINT, output + errors
     assert errors == "rayduce: sweep small-timing stopped; the same command continues it\n"
+    assert {run.data.tags["status"] for run in family(timed_cut)[1]} <= {"finished", "stopped"}
 
-    again = tuned(timed_cut, *OPTIONS)
+    again = tuned(timed_cut, *options)
     output, errors = again.communicate(timeout=HANGS_S)
     assert again.returncode == 0, output + errors
-    assert [trial.status for trial in outcomes(folder)] == ["finished"] * TRIALS
+    found = outcomes(folder)
+    assert [trial.status for trial in found] == ["finished"] * TRIALS
+    assert max(losses(folder / "trunk")) == max(trial.trunk_step for trial in found)
+
+
+@pytest.mark.long
+@pytest.mark.cluster
+def test_a_trial_whose_process_dies_leaves_its_room_to_the_next(timed_cut: dict[str, Any]) -> None:
+    """On a machine that holds one trial at a time."""
+    sweep = Path(timed_cut["storage"]) / "small-timing"
+    driver = tuned(timed_cut, "--space", "timing", "--search", "random", "--samples", "2", "--no-baselines")
+    wait_while_running(driver, lambda: any((sweep / "ray_train").glob("reserved-by-*")), "a trial's workers are there")
+    [process] = [pid for pid, title in alive_in(driver.pid) if title.startswith("ray::ResourceTrainable")]
+    os.kill(process, signal.SIGKILL)
+    output, errors = driver.communicate(timeout=HANGS_S)
+    assert driver.returncode == 0, output + errors
+    assert [trial.status for trial in outcomes(sweep)] == ["failed", "finished"]
 
 
 SPACE = """
@@ -250,6 +297,7 @@ def test_a_worse_trial_is_pruned_and_the_next_one_has_its_workers(
     finished = [trial for trial in found.values() if trial.status == "finished"]
     assert [trial.last_step for trial in finished] == [16] * len(finished)
     assert summary["steps_trained"] < summary["steps_naive"]
+    assert max(losses(folder / "trunk")) == max(trial.trunk_step for trial in outcomes(folder)) > 0
     [run] = [run for run in family(one_at_a_time)[1] if run.data.tags["trial"] == bad.trial]
     assert run.data.tags["status"] == "pruned"
     assert run.info.status != "RUNNING"
@@ -257,10 +305,11 @@ def test_a_worse_trial_is_pruned_and_the_next_one_has_its_workers(
 
 @pytest.mark.cluster
 def test_several_objectives_and_a_trial_that_fails(one_at_a_time: dict[str, Any], tmp_path: Path) -> None:
-    """The third diverges: it is recorded with its error, and the others have what they need."""
+    """The third diverges: it is recorded with its error, and the others have what they need. Nothing is shared."""
     path = tmp_path / "far.py"
     path.write_text(SPACE.format(knob="factor", values=(1.0, 0.5, 1e30), key="truncation.lr_factor"))
-    asked = request(path, "val_loss", "states")
+    asked = replace(request(path, "val_loss", "states"), share=False)
+    assert room_for(parse_config(one_at_a_time)) == 1
     with pytest.raises(UserError, match="--concurrent 5 must be at most 1"):
         tune_schedules(parse_config(one_at_a_time), replace(asked, concurrent=5))
     summary = tune_schedules(parse_config(one_at_a_time), asked)
@@ -273,7 +322,10 @@ def test_several_objectives_and_a_trial_that_fails(one_at_a_time: dict[str, Any]
     best = min((found[1.0], found[0.5]), key=lambda trial: trial.objectives["val_loss"])
     assert summary["front"][-1] == best.trial
     assert found[1e30].trial not in summary["front"]
-    assert summary["steps_naive"] == 32 + found[1e30].last_step
+    assert summary["steps_naive"] == summary["steps_trained"] == 32 + found[1e30].last_step
+    assert not (folder / "trunk").exists()
+    [run] = [run for run in family(one_at_a_time)[1] if run.data.tags["trial"] == found[1e30].trial]
+    assert (run.data.tags["status"], run.info.status) == ("failed", "FAILED")
 
     # The same command tries once more what has failed, and nothing else.
     stamps = [(folder / found[factor].trial / "outcome.json").stat().st_mtime_ns for factor in (1.0, 0.5, 1e30)]
@@ -294,6 +346,7 @@ def _check_results(folder: Path, found: Sequence[Outcome], output: str) -> None:
     rows = pq.read_table(folder / "trials.parquet").to_pylist()
     assert [row["at"] for row in rows] == [trial.point["at"] for trial in found]
     assert all(0.05 <= row["at"] <= 0.4 for row in rows)
+    assert [row["trial"] for row in rows if row["front_train_seconds"]] == sorted(summary["front"])
     # One trunk and the remainders, but for what lies between a checkpoint of the trunk and a first cut.
     bound = max(trial.first_cut or 0 for trial in found) + sum(24 - (trial.first_cut or 0) for trial in found)
     assert summary["steps_trained"] <= bound + TRIALS - 1
@@ -301,7 +354,11 @@ def _check_results(folder: Path, found: Sequence[Outcome], output: str) -> None:
     assert load_config(folder / "best.yaml").probe_steps == (best.first_cut,)
     assert set(summary["baselines"]) == {"full size", "4 x 2 layers from scratch"}
     # Both fronts and the one knob, which has no share in anything.
-    assert (folder / "report.html").read_text().count("data:image/png;base64,") == 3
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    (folder / "report.html").unlink()
+    assert CliRunner().invoke(main, ["report", str(folder)]).stdout == f"{folder / 'report.html'}\n"
+    assert (folder / "report.html").read_text() == page
 
 
 def _check_mlflow(raw: dict[str, Any], folder: Path) -> None:
@@ -309,7 +366,7 @@ def _check_mlflow(raw: dict[str, Any], folder: Path) -> None:
     trunk_steps = {trial.trial: trial.trunk_step for trial in outcomes(folder)}
     parent, found = family(raw)
     assert parent.data.tags["mlflow.runName"] == folder.name
-    assert {artifact.path for artifact in client.list_artifacts(parent.info.run_id)} >= {"best.yaml", "report.html"}
+    assert _artifacts(client, parent) >= {"best.yaml", "report.html", "trials.parquet", "figures"}
     children = {run.data.tags["trial"]: run for run in found}
     assert set(children) == {"trunk", "scratch-4-4", *(f"trial-{number:05d}" for number in range(TRIALS))}
     for name, run in children.items():
@@ -321,3 +378,8 @@ def _check_mlflow(raw: dict[str, Any], folder: Path) -> None:
             told = {metric.step for metric in client.get_metric_history(run.info.run_id, "train_loss")}
             assert told == losses(folder / name).keys()  # the trunk's steps among them
             assert float(run.data.params["truncation.window.end"]) > 0
+            assert _artifacts(client, run) >= {"plans", "figures"}
+
+
+def _artifacts(client: mlflow.MlflowClient, run: Run) -> set[str]:
+    return {artifact.path for artifact in client.list_artifacts(run.info.run_id)}

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from itertools import zip_longest
 
 import pytest
 
 PROPERTY = "chaos"
-HEAD = ("killed", "seconds", "final loss and weights equal")
+HEAD = ("killed", "seconds", "recovered, and ended as undisturbed")
 
-AddRow = Callable[[str, str, str], None]
+Told = Callable[..., AbstractContextManager[list[float]]]
 
 
 @pytest.fixture
-def add_row(record_property: Callable[[str, object], None]) -> AddRow:
-    """Adds case, seconds from the kill until other workers began, and whether the end is the undisturbed run's."""
-    return lambda *row: record_property(PROPERTY, row)
+def told(record_property: Callable[[str, object], None]) -> Told:
+    """A block that tells of these cases, whichever way it ends; it fills a list with seconds from kill to new group."""
+
+    @contextmanager
+    def block(*cases: str) -> Iterator[list[float]]:
+        seconds: list[float] = []
+        end = "NO"
+        try:
+            yield seconds
+            end = "yes"
+        finally:
+            for case, took in zip_longest(cases, seconds):
+                record_property(PROPERTY, (case, "" if took is None else f"{took:.0f}", end))
+
+    return block
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -25,4 +39,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if rows:
         terminalreporter.section("chaos")
         for row in [HEAD, *rows]:
-            terminalreporter.write_line("{:<66} {:>13}  {}".format(*row))
+            terminalreporter.write_line("{:<72} {:>8}  {}".format(*row))

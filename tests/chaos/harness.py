@@ -11,24 +11,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orchestrator.ray_cluster import START_TRIES
-from tests.runs import HANGS_S, start, wait_until
+from tests.runs import HANGS_S, alive_in, start, wait_until
 
 # A process of the run, as `ps` shows it. `worker` is the one that is held; `other` is the one that is not, which has
 # gone on into the next collective: into the middle of a reshape, for example.
 TITLES = {"coordinator": "ray::Foreman", "controller": "ray::TrainController", "other": "ray::RayTrainWorker"}
 
 # Where a worker is held, in the order of a run: the cuts are at steps 3 and 7, and checkpoints are due at 5 and 10. Two
-# points of one checkpoint would be one too many: those who live on may complete it.
-POINTS = {
+# points of one checkpoint would be one too many: those who live on may complete it. A write is held when the content is
+# handed over but does not have its name yet: beside it on a disk, in a stream to a store.
+POINTS: dict[str, tuple[str, int | str]] = {
     "before the first checkpoint": ("step", 2),
-    "while its part of a checkpoint is written": ("shard", 5),
+    "while its part of a checkpoint is written": ("write", "step-00000005"),
     "between two probes": ("step", 6),
     "while statistics are gathered": ("statistics", 7),
     "once the plan is agreed": ("plan", 7),
@@ -44,17 +45,19 @@ SURVIVED = ("coordinator", "other")
 
 @dataclass(frozen=True)
 class Strike:
-    """A signal to one process of a run, at the moment that a worker reaches a point of a step."""
+    """A signal to one process of a run, at the moment that a worker reaches a point at a step or a folder."""
 
     victim: str
     point: str
-    step: int
+    place: int | str
     signal: signal.Signals = signal.SIGKILL
+    once: str | None = None
+    """A file in the run's folder that has to be there first."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a disturbed run has ended, and how long it took from each strike until another group of workers began.
+    """How a disturbed run has ended.
 
     `first` is what the first group took, from the command on. `output` is that of all drivers, `code` and `errors` are
     the last one's.
@@ -64,7 +67,6 @@ class Outcome:
     output: str
     errors: str
     first: float
-    seconds: list[float]
 
 
 class Points:
@@ -74,38 +76,45 @@ class Points:
         self.folder = folder
         folder.mkdir()
 
-    def arm(self, point: str, step: int) -> None:
-        (self.folder / f"{point}@{step}").touch()
+    def arm(self, point: str, place: int | str) -> None:
+        (self.folder / f"{point}@{place}.go").unlink(missing_ok=True)
+        (self.folder / f"{point}@{place}.held").unlink(missing_ok=True)
+        (self.folder / f"{point}@{place}").touch()
 
-    def held(self, driver: subprocess.Popen[str], point: str, step: int) -> int:
+    def held(self, driver: subprocess.Popen[str], point: str, place: int | str) -> int:
         """Wait until a worker is held; its process id."""
-        file = self.folder / f"{point}@{step}.held"
-        wait_until(lambda: (file.exists() and file.read_text()) or driver.poll() is not None, f"{point} at step {step}")
+        file = self.folder / f"{point}@{place}.held"
+        wait_until(lambda: (file.exists() and file.read_text()) or driver.poll() is not None, f"{point} at {place}")
         assert driver.poll() is None, driver.communicate()
         return int(file.read_text())
 
-    def let_go(self, point: str, step: int) -> None:
-        (self.folder / f"{point}@{step}.go").touch()
+    def let_go(self, point: str, place: int | str) -> None:
+        (self.folder / f"{point}@{place}.go").touch()
 
 
-def disturbed(raw: dict[str, Any], *strikes: Strike) -> Outcome:
-    """Run `raw` to its end through all strikes, in this order; a killed driver is started again."""
+def disturbed(raw: dict[str, Any], strikes: Iterable[Strike], seconds: list[float]) -> Outcome:
+    """Run `raw` to its end through all strikes, in this order; a killed driver is started again.
+
+    `seconds` gets how long it took from each strike until another group of workers began.
+    """
     points = Points(Path(raw["storage"]).parent / f"points-of-{raw['name']}")
     attempts = Path(raw["storage"]) / raw["name"] / "attempt"
     environment = {"RAYDUCE_HOLD": str(points.folder)}
     driver = start(raw, **environment)
-    drivers, outputs, seconds, began_at = [driver], [], [], time.monotonic()
+    drivers, outputs, began_at = [driver], [], time.monotonic()
     wait_until(lambda: attempts.exists() or driver.poll() is not None, "the first group")
     first = time.monotonic() - began_at
     for strike in strikes:
         # Not earlier: a group that is dying from the strike before may still come by.
-        points.arm(strike.point, strike.step)
-        held = points.held(driver, strike.point, strike.step)
+        points.arm(strike.point, strike.place)
+        held = points.held(driver, strike.point, strike.place)
         time.sleep(0.5)  # for the others to go on until they need the one that is held
+        if strike.once is not None:
+            wait_until((attempts.parent / strike.once).exists, strike.once)
         attempt, struck = attempts.read_text(), time.monotonic()
         os.kill(_process(driver, strike.victim, held), strike.signal)
         if strike.victim in SURVIVED:
-            points.let_go(strike.point, strike.step)
+            points.let_go(strike.point, strike.place)
         if strike.victim == "driver":
             outputs.append(driver.communicate()[0])
             driver = start(raw, **environment)  # at once, though its workers may still be dying
@@ -115,8 +124,8 @@ def disturbed(raw: dict[str, Any], *strikes: Strike) -> Outcome:
         seconds.append(time.monotonic() - struck)
     output, errors = driver.communicate(timeout=HANGS_S)
     # Of a killed driver's, Ray's own agents take longest: they ask for a while where the rest has gone.
-    wait_until(lambda: not any(_left(ended.pid) for ended in drivers), "all processes end")
-    return Outcome(driver.returncode, "".join([*outputs, output]), errors, first, seconds)
+    wait_until(lambda: not any(alive_in(ended.pid) for ended in drivers), "all processes end", within=120)
+    return Outcome(driver.returncode, "".join([*outputs, output]), errors, first)
 
 
 def began(attempts: Path, before: str, driver: subprocess.Popen[str]) -> bool:
@@ -135,17 +144,7 @@ def _process(driver: subprocess.Popen[str], victim: str, held: int) -> int:
 
 
 def _named(driver: subprocess.Popen[str], victim: str, held: int) -> list[int]:
-    return [pid for pid, title in _left(driver.pid) if title.startswith(TITLES[victim]) and pid != held]
-
-
-def _left(session: int) -> list[tuple[int, str]]:
-    """Process id and title of everything that lives in the session of a driver."""
-    # Whole lines: pytest loads readline, which tells our children that these have 80 columns.
-    listing = subprocess.run(
-        ["ps", "-ww", "-o", "pid=,stat=,args=", "-s", str(session)], capture_output=True, text=True
-    )
-    rows = [line.split(maxsplit=2) for line in listing.stdout.splitlines()]
-    return [(int(pid), title) for pid, state, title in rows if not state.startswith("Z")]
+    return [pid for pid, title in alive_in(driver.pid) if title.startswith(TITLES[victim]) and pid != held]
 
 
 @contextmanager
@@ -178,7 +177,7 @@ def _head(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
 
 def _decided(head: subprocess.Popen[bytes]) -> bool:
     """Whether a head is up or has ended."""
-    return head.poll() is not None or any("raylet" in title for _, title in _left(head.pid))
+    return head.poll() is not None or any("raylet" in title for _, title in alive_in(head.pid))
 
 
 def _end(head: subprocess.Popen[bytes]) -> None:

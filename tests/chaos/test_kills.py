@@ -12,15 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tests.chaos.conftest import AddRow
+from tests.chaos.conftest import Told
 from tests.chaos.harness import POINTS, Strike, actors_alive, disturbed, shared_cluster
 from tests.conftest import small_run as small_run_fixture
-from tests.runs import HANGS_S, losses, plans, runs_of, saved, start, wait_until
+from tests.runs import (
+    HANGS_S,
+    assert_ended_like,
+    assert_same_state,
+    line_with,
+    losses,
+    saved,
+    start,
+    wait_until,
+    wait_while_running,
+)
+from tests.s3 import Server
 
 pytestmark = pytest.mark.cluster
-STEPS = 12
 VICTIMS = ("worker", "other", "coordinator", "controller", "driver")
 MIXED = ("driver", "worker", "controller", "coordinator", "worker", "other", "worker", "other")  # one at each point
 
@@ -40,113 +49,129 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Calla
     def run(stage: int) -> Path:
         raw = small_run_fixture.__wrapped__(tmp_path_factory.mktemp("undisturbed"), corpus)
         raw["cluster"]["zero_stage"] = stage
-        driver = start(raw)
-        output, said = driver.communicate(timeout=HANGS_S)
-        assert driver.returncode == 0, output + said
-        return Path(raw["storage"]) / raw["name"]
+        return finished(raw)
 
     return run
 
 
+def finished(raw: dict[str, Any]) -> Path:
+    """The folder of a run that nothing disturbs."""
+    driver = start(raw)
+    output, errors = driver.communicate(timeout=HANGS_S)
+    assert driver.returncode == 0, output + errors
+    return Path(raw["storage"]) / raw["name"]
+
+
 @pytest.fixture
 def tracked(tracked_run: dict[str, Any]) -> dict[str, Any]:
-    tracked_run["cluster"]["timeout_s"] = 30
+    tracked_run["cluster"] |= {"timeout_s": 30, "max_failures": len(POINTS)}
     return tracked_run
 
 
 @pytest.mark.parametrize(("stage", "victims"), runs())
 def test_a_run_survives(
-    stage: int,
-    victims: Sequence[str],
-    tracked: dict[str, Any],
-    undisturbed: Callable[[int], Path],
-    add_row: AddRow,
+    stage: int, victims: Sequence[str], tracked: dict[str, Any], undisturbed: Callable[[int], Path], told: Told
 ) -> None:
     reference = undisturbed(stage)
-    tracked["cluster"] |= {"zero_stage": stage, "max_failures": len(POINTS)}
+    tracked["cluster"]["zero_stage"] = stage
     strikes = [Strike(victim, *point) for victim, point in zip(victims, POINTS.values(), strict=True)]
-    outcome, end = None, "NO"
-    try:
-        outcome = disturbed(tracked, *strikes)
+    with told(*(f"ZeRO-{stage}, {victim}, {when}" for victim, when in zip(victims, POINTS, strict=True))) as seconds:
+        outcome = disturbed(tracked, strikes, seconds)
         assert outcome.code == 0, outcome.output + outcome.errors
-        assert ends_like(tracked, reference)
-        end = "to the last bit"
-    finally:
-        seconds = outcome.seconds if outcome is not None else []
-        for victim, when, took in itertools.zip_longest(victims, POINTS, seconds):
-            case = f"ZeRO-{stage}, {victim}, {when}"
-            add_row(case, "not recovered" if took is None else f"{took:.0f}", end)
-    # A kill is noticed within `cluster.timeout_s`; then a group has to start, for a driver with a cluster around it.
-    assert max(outcome.seconds) < tracked["cluster"]["timeout_s"] + outcome.first
-    # From the beginning only before there is a checkpoint, and after that from the last: the one of the second cut was
-    # complete before that of step 10 was begun.
-    assert len(re.findall("started: ", outcome.output)) <= 2
-    assert int(re.findall(r"continued after step (\d+)", outcome.output)[-1]) >= 7
-
-
-def ends_like(raw: dict[str, Any], undisturbed: Path) -> bool:
-    """Losses, weights and moments, to the last bit; the rest of what the run leaves is asserted."""
-    folder = Path(raw["storage"]) / raw["name"]
-    summary, expected = (json.loads((path / "summary.json").read_text()) for path in (folder, undisturbed))
-    ended, reference = saved(folder, STEPS), saved(undisturbed, STEPS)
-    assert ended.keys() == reference.keys()
-    assert summary["final_dims"] == expected["final_dims"] == [4, 4]
-    assert summary["val_loss_final"] == expected["val_loss_final"]
-    assert [cut["step"] for cut in summary["truncations"]] == [3, 7]
-    assert [plan.dims_after for plan in plans(folder)] == [(8, 8), (4, 4)]
-    (run,) = runs_of(raw)
-    assert (run.info.status, run.info.run_id) == ("FINISHED", summary["mlflow_run_id"])
-    return losses(folder) == losses(undisturbed) and all(torch.equal(ended[key], reference[key]) for key in reference)
+        assert_ended_like(tracked, reference)
+        # A kill is noticed within `cluster.timeout_s`; then a group starts, for a driver with a cluster around it.
+        assert max(seconds) < 30 + outcome.first
+        # From the beginning only before there is a checkpoint, and after that from the last: the one of the second cut
+        # was complete before that of step 10 was begun.
+        assert len(re.findall("started: ", outcome.output)) <= 2
+        assert int(re.findall(r"continued after step (\d+)", outcome.output)[-1]) >= 7
 
 
 @pytest.mark.long
-def test_a_worker_that_hangs_is_lost(
-    tracked: dict[str, Any], undisturbed: Callable[[int], Path], add_row: AddRow
+def test_whoever_dies_while_a_checkpoint_goes_to_a_store(
+    tracked: dict[str, Any], undisturbed: Callable[[int], Path], s3: Server, told: Told
 ) -> None:
-    """It answers nobody, but its connections stay open: only `cluster.timeout_s` tells, here 30 s."""
+    reference = undisturbed(2)
+    tracked["train"]["checkpoint_every"] = 2
+    tracked["checkpoints"]["storage"] = s3.uri.replace("bucket/checkpoints", "bucket/killed")
+    # Each at a checkpoint of its own: those who live on may complete it.
+    steps = dict(zip(VICTIMS, (2, 4, 6, 8, 10), strict=True))
+    strikes = [Strike(victim, "write", f"step-{step:08d}") for victim, step in steps.items()]
+    with told(*(f"ZeRO-2, {victim}, while its checkpoint goes to S3" for victim in steps)) as seconds:
+        outcome = disturbed(tracked, strikes, seconds)
+        assert outcome.code == 0, outcome.output + outcome.errors
+        assert_ended_like(tracked, reference)
+        assert max(seconds) < 30 + outcome.first
+
+
+@pytest.mark.long
+def test_a_worker_that_hangs_is_lost(tracked: dict[str, Any], undisturbed: Callable[[int], Path], told: Told) -> None:
+    """It answers nobody, but its connections stay open: only `cluster.timeout_s` tells."""
     point = "once the plan is agreed"
-    killed = disturbed(tracked | {"name": "killed", "tracking": {"mlflow": False}}, Strike("other", *POINTS[point]))
-    outcome = disturbed(tracked, Strike("other", *POINTS[point], signal.SIGSTOP))
-    assert outcome.code == 0, outcome.output + outcome.errors
-    assert ends_like(tracked, undisturbed(2))
-    # A kill is noticed at once; both then start a group.
-    add_row(f"ZeRO-2, other hangs, {point}", f"{outcome.seconds[0]:.0f}", "to the last bit")
-    assert outcome.seconds[0] < 30 + 2 * killed.seconds[0]
+    with told(f"ZeRO-2, other hangs, {point}") as seconds:
+        outcome = disturbed(tracked, [Strike("other", *POINTS[point], signal.SIGSTOP)], seconds)
+        assert outcome.code == 0, outcome.output + outcome.errors
+        assert_ended_like(tracked, undisturbed(2))
+        assert max(seconds) < 30 + outcome.first
+
+
+@pytest.mark.long
+def test_a_cut_that_hurts_is_taken_back_whoever_dies_meanwhile(small_run: dict[str, Any], told: Told) -> None:
+    """As `test_a_cut_that_hurts_is_taken_back`: the run goes on as if it had never been cut, to the last bit."""
+    small_run |= {"data": {"source": "digits"}, "model": {"kind": "lru", "n_layers": 2, "d_model": 16, "d_state": 16}}
+    small_run["train"] |= {"steps": 110, "batch_size": 40, "eval_every": 103, "checkpoint_every": 90}
+    small_run["cluster"] |= {"timeout_s": 30, "max_failures": 6}
+    uncut = finished(small_run | {"name": "uncut", "truncation": None})
+    hurts = {"target": {"dim": 1}, "steps": [100], "score": "smallest", "guard": {"tolerance": 0, "patience": 1}}
+    complete = "checkpoints/step-00000100/manifest.json"  # of the cut model, and later of the uncut one
+    strikes = {
+        "while the state before the cut is written": Strike("worker", "write", "uncut-00000100"),
+        "between the cut and its verdict": Strike("other", "step", 102, once=complete),
+        "after it was taken back": Strike("coordinator", "step", 105),
+    }
+    with told(*(f"ZeRO-2, guarded, {strike.victim}, {when}" for when, strike in strikes.items())) as seconds:
+        outcome = disturbed(small_run | {"truncation": hurts}, strikes.values(), seconds)
+        assert outcome.code == 0, outcome.output + outcome.errors
+        assert max(seconds) < 30 + outcome.first
+        assert "continued after step 100" in outcome.output
+        assert "rolled back to step 100" in outcome.output
+        folder = uncut.with_name("small")
+        (cut,) = json.loads((folder / "summary.json").read_text())["truncations"]
+        assert (cut["step"], cut["rolled_back"]) == (100, True)
+        assert not list((folder / "checkpoints").glob("uncut*"))
+        assert losses(folder) == losses(uncut)
+        assert_same_state(saved(folder, 110), saved(uncut, 110))
 
 
 @pytest.mark.long
 def test_after_too_many_failures_the_same_command_continues(
-    tracked: dict[str, Any], undisturbed: Callable[[int], Path]
+    tracked: dict[str, Any], undisturbed: Callable[[int], Path], told: Told
 ) -> None:
     tracked["cluster"]["max_failures"] = 0
-    outcome = disturbed(tracked, Strike("worker", *POINTS["once the plan is agreed"]))
-    assert outcome.code == 1
-    (sentence,) = outcome.errors.splitlines()
-    assert sentence.startswith("rayduce: training failed after step 7: ")
-    again = start(tracked)
-    output, errors = again.communicate(timeout=HANGS_S)
-    assert again.returncode == 0, output + errors
-    assert ends_like(tracked, undisturbed(2))
+    with told("ZeRO-2, worker, once too often; the command is given again"):
+        outcome = disturbed(tracked, [Strike("worker", *POINTS["once the plan is agreed"])], [])
+        assert outcome.code == 1
+        (sentence,) = outcome.errors.splitlines()
+        assert sentence.startswith("rayduce: training failed after step 7: ")
+        finished(tracked)
+        assert_ended_like(tracked, undisturbed(2))
 
 
 @pytest.mark.long
 def test_a_killed_driver_leaves_nothing_on_a_shared_cluster(
-    small_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    small_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch, told: Told
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # the head would make a token that its drivers have to be told
     small_run["train"]["steps"] = 100_000
-    with shared_cluster() as address:
+    with told("ZeRO-2, driver on a shared cluster"), shared_cluster() as address:
         driver = start(small_run, RAY_ADDRESS=address)
         folder = Path(small_run["storage"]) / "small"
-        wait_until(lambda: driver.poll() is not None or len(list(folder.glob("plans/*.json"))) == 2, "two plans")
-        assert driver.poll() is None, driver.communicate()
+        wait_while_running(driver, lambda: len(list(folder.glob("plans/*.json"))) == 2, "two plans")
         driver.kill()
         driver.communicate()
         wait_until(lambda: actors_alive(address) == [], "all actors end", within=60)
         again = start(small_run, RAY_ADDRESS=address)
-        assert again.stdout is not None
-        while "continued after step" not in (line := again.stdout.readline()):
-            assert line, again.communicate()
+        line_with(again, "continued after step")
         again.send_signal(signal.SIGTERM)
         again.communicate(timeout=120)
         assert again.returncode == 128 + signal.SIGTERM
