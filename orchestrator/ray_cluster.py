@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -79,7 +80,18 @@ def _connect(address: str) -> None:
             if attempt == START_TRIES:
                 raise UserError(f"Ray did not start within 30 s, {attempt} times; this machine is too busy") from error
         else:
+            _take_back_sigterm()
             return
+
+
+def _take_back_sigterm() -> None:
+    """Let what Python has for it be all: with Ray's own handler, a process that takes longer to end is aborted.
+
+    That one is absl's, which Ray puts in every process (`InstallFailureSignalHandler`, 2.60, util/logging.cc). It gives
+    three seconds from the signal on.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 def _aside(start: Callable[[], object]) -> None:

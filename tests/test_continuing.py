@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from orchestrator.data.sources import TextFiles
 from orchestrator.errors import UserError
 from orchestrator.mlflow_tracker import MLFLOW_RUN
 from orchestrator.storage import run_folder
+from tests.chaos.harness import Points
 from tests.conftest import small_run as small_run_fixture
 from tests.runs import HANGS_S, dims_loaded_alone, losses, plans, saved, start, track, train, wait_while_running
 
@@ -296,6 +298,22 @@ def test_a_signal_ends_the_run_with_a_checkpoint(number: signal.Signals, small_r
     assert f"continued after step {stopped}" in shown
     assert list(losses(folder)) == list(range(1, 151))
     assert json.loads((folder / "summary.json").read_text())["final_dims"] == [4, 4]
+
+
+def test_a_run_may_take_its_time_to_end_after_sigterm(small_run: dict[str, Any], tmp_path: Path) -> None:
+    """A long step, say: Ray's own handler would abort the driver after three seconds."""
+    points = Points(tmp_path / "points")
+    points.arm("step", 9)
+    driver = start(small_run, RAYDUCE_HOLD=str(points.folder))
+    points.held(driver, "step", 9)
+    driver.send_signal(signal.SIGTERM)
+    time.sleep(5)
+    assert driver.poll() is None
+    points.let_go("step", 9)
+    _, said = driver.communicate(timeout=HANGS_S)
+    assert driver.returncode == 128 + signal.SIGTERM, said
+    assert "the same command continues from there" in said
+    assert saved(Path(small_run["storage"]) / "small", 10)
 
 
 @pytest.mark.long
