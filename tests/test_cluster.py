@@ -97,7 +97,7 @@ def test_versions_are_those_of_constraints(commands: list[str]) -> None:
 def test_extras_and_python_are_the_projects(commands: list[str]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     text = "\n".join(commands)
-    extras = set(re.findall(r"-e '?\.\[(\w+)\]", text))
+    extras = {extra for group in re.findall(r"-e '?\.\[([\w,]+)\]", text) for extra in group.split(",")}
     assert extras
     assert extras <= set(project["optional-dependencies"])
     pythons = set(re.findall(r"python(3\.\d+)", text))
