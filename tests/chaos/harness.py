@@ -77,8 +77,6 @@ class Points:
         folder.mkdir()
 
     def arm(self, point: str, place: int | str) -> None:
-        (self.folder / f"{point}@{place}.go").unlink(missing_ok=True)
-        (self.folder / f"{point}@{place}.held").unlink(missing_ok=True)
         (self.folder / f"{point}@{place}").touch()
 
     def held(self, driver: subprocess.Popen[str], point: str, place: int | str) -> int:
