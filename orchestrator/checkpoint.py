@@ -128,6 +128,11 @@ def steps(folder: Folder) -> list[int]:
     return sorted(step for name in folder.names() if (step := _step_of(name)) is not None)
 
 
+def complete_steps(folder: Folder) -> list[int]:
+    """Steps of the complete ones among them, ascending."""
+    return [step for step in steps(folder) if at(folder, step).has(MANIFEST)]
+
+
 def newest(folder: Folder) -> Folder | None:
     """The complete checkpoint of the highest step in `folder`.
 
@@ -157,7 +162,7 @@ def delete(path: Folder) -> None:
 def _remedy(damaged: Folder) -> str:
     """What a person can do about a checkpoint that cannot be read."""
     folder, step = damaged.parent, _step_of(damaged.name)
-    earlier = [s for s in steps(folder) if step is not None and s < step and at(folder, s).has(MANIFEST)]
+    earlier = [s for s in complete_steps(folder) if step is not None and s < step]
     if earlier:
         return f"delete {damaged} to continue from the one before, of step {earlier[-1]}"
     return "bring its files back from a copy; without them this run cannot continue, and another name= starts a new one"

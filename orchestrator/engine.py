@@ -55,8 +55,9 @@ class Engine:
 
         Returns their share in the loss, detached: the mean over the workers is the mean over the global batch.
         """
-        # What is dropped follows from seed, step and worker: a run that continues drops what it would have dropped.
-        torch.manual_seed(seed_of(self._config.seed, step, self._group.rank))
+        if self._config.model.dropout > 0:
+            # It follows from seed, step and worker: a run that continues drops what it would have dropped.
+            torch.manual_seed(_seed_of(self._config.seed, step, self._group.rank))
         lr = self._config.train.learning_rate(step) * pace.lr
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
@@ -238,7 +239,7 @@ class Engine:
         return self._state.read(groups, shrink, self._group)
 
 
-def seed_of(*numbers: int) -> int:
+def _seed_of(*numbers: int) -> int:
     """A seed that is another one for every other sequence of numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 

@@ -46,8 +46,8 @@ def load_run(run: Path | str, step: int | None = None) -> tuple[SequenceModel, R
     if path is None:
         raise UserError(f"run {run} has no complete checkpoint yet; train.checkpoint_every says when it writes one")
     if step is not None and not path.has(checkpoint.MANIFEST):
-        others = [str(s) for s in checkpoint.steps(folder) if checkpoint.at(folder, s).has(checkpoint.MANIFEST)]
-        raise UserError(f"run {run} has no complete checkpoint of step {step}; it has {', '.join(others) or 'none'}")
+        others = ", ".join(map(str, checkpoint.complete_steps(folder)))
+        raise UserError(f"run {run} has no complete checkpoint of step {step}; it has {others or 'none'}")
     manifest = checkpoint.verify(path)
     config = parse_config(manifest.config)
     model = build_model(config.model, _task(config, manifest.shapes), manifest.state_dims)

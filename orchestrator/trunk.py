@@ -68,8 +68,7 @@ def branch(trial: RunConfig, trunk: RunConfig, before: int, lent: Lent, ahead: i
     with _alone(trunk.storage, lent.stop):
         launch.train(trunk, replace(lent, until=max(before, ahead)))
         shared = checkpoints_of(trunk.storage / trunk.name, trunk.checkpoints.storage, trunk.checkpoints.retry_s)
-        complete = [step for step in checkpoint.steps(shared) if checkpoint.at(shared, step).has(MANIFEST)]
-        step = max((step for step in complete if step <= before), default=0)
+        step = max((step for step in checkpoint.complete_steps(shared) if step <= before), default=0)
         if step == 0:
             return 0  # so early a trial has nothing to gain
         folder.mkdir(parents=True, exist_ok=True)
