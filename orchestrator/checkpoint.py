@@ -133,14 +133,14 @@ def complete_steps(folder: Folder) -> list[int]:
     return [step for step in steps(folder) if at(folder, step).has(MANIFEST)]
 
 
-def newest(folder: Folder) -> Folder | None:
-    """The complete checkpoint of the highest step in `folder`.
+def newest(folder: Folder, up_to: float = math.inf) -> Folder | None:
+    """The complete checkpoint of the highest step in `folder`, or of the highest up to a step.
 
     Raises:
         UserError: the folder cannot be read.
     """
     try:
-        found = (at(folder, step) for step in reversed(steps(folder)))
+        found = (at(folder, step) for step in reversed(steps(folder)) if step <= up_to)
         return next((path for path in found if path.has(MANIFEST)), None)
     except OSError as error:
         raise UserError(f"checkpoints {folder} cannot be read: {reason(error)}") from error

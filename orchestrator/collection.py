@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config import RunConfig, flatten
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from orchestrator.config import RunConfig, flatten, parse_config
 from orchestrator.errors import UserError
 from orchestrator.filesystem import inside
 from orchestrator.mlflow_tracker import MlflowTracker, mlflow_tracker, mlflow_uri
@@ -28,7 +31,7 @@ def below(config: RunConfig, folder: Path) -> RunConfig:
 
 
 def refuse_another_request(folder: Path, asked: dict[str, Any]) -> None:
-    """Whether this, plain values, is what was begun with in `folder`, if anything.
+    """Whether this, plain values with a `config`, is what was begun with in `folder`, if anything.
 
     Raises:
         UserError: something else was asked for before; names what differs.
@@ -36,7 +39,9 @@ def refuse_another_request(folder: Path, asked: dict[str, Any]) -> None:
     path = folder / REQUEST
     asked = json.loads(json.dumps(asked))
     if path.exists():
-        now, then = dict(flatten(asked)), dict(flatten(json.loads(path.read_text())))
+        before = json.loads(path.read_text())
+        before["config"] = parse_config(before["config"]).model_dump(mode="json")  # settings that are new have defaults
+        now, then = dict(flatten(asked)), dict(flatten(before))
         changed = [key for key in sorted(now.keys() | then.keys()) if now.get(key) != then.get(key)]
         if changed:
             words = ", ".join(
@@ -48,6 +53,13 @@ def refuse_another_request(folder: Path, asked: dict[str, Any]) -> None:
 def remember_request(folder: Path, asked: dict[str, Any]) -> None:
     """Keep what was asked for; not before all that a person can have got wrong has been found, and can be corrected."""
     write_whole(folder / REQUEST, json.dumps(asked, indent=1) + "\n")
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a table in Parquet, complete or not at all."""
+    content = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows), content)
+    write_whole(path, content.getvalue().to_pybytes())
 
 
 @contextmanager

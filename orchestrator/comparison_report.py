@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from orchestrator.collection import write_rows
 from orchestrator.figures import PALETTE, figure_of, style
 from orchestrator.run_folder import write_whole
 from orchestrator.terminal import count, dims
@@ -78,7 +78,7 @@ def write_comparison(folder: Path, rows: Sequence[Row], methods: Mapping[str, st
 
     `methods` has the order of the table and a line about each method.
     """
-    pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows]), folder / "comparison.parquet")
+    write_rows(folder / "comparison.parquet", [asdict(row) for row in rows])
     table = markdown(rows, methods)
     words = [f"- {method}: {about}" for method, about in methods.items() if method in {row.method for row in rows}]
     words += [f"- failed: {row.named}, seed {row.seed}: {row.error}" for row in rows if row.error is not None]

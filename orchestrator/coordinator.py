@@ -75,10 +75,11 @@ class Coordinator:
     """Fenced by (attempt, step, rank): duplicates change nothing, stragglers of a dead attempt are refused."""
 
     def __init__(self, rule: Rule | None, timeout_s: float, max_failures: float = 0) -> None:
+        self._events: list[Event] = []
         self._begin_run(rule, timeout_s, max_failures)
 
     def _begin_run(self, rule: Rule | None, timeout_s: float, max_failures: float) -> None:
-        """Know nothing but what a run's probes go by, and how often it may lose its workers."""
+        """Know nothing but what probes go by, how often workers may be lost, and what is reserved for them."""
         self._rule = rule
         self._timeout_s = timeout_s
         self._failures_left = max_failures
@@ -86,8 +87,9 @@ class Coordinator:
         self._workers = 0
         self._meetings: dict[tuple[int, Stage], _Meeting] = {}
         self._previous: TruncationPlan | None = None
-        self._events: list[Event] = []
-        self._published = self._taken = self._recorded = 0  # how many events so far; the driver records what it took
+        self._events = [event for event in self._events if isinstance(event, Reserved)]
+        self._published = len(self._events)  # how many so far; the driver records what it took
+        self._taken = self._recorded = 0
         self._stop = False
 
     async def begin_attempt(self, attempt: int, workers: int, previous: TruncationPlan | None = None) -> None:

@@ -28,7 +28,7 @@ from orchestrator.errors import Interrupted, TrainingError
 from orchestrator.events import Job
 from orchestrator.failures import RetryPolicy, in_a_line, root_cause
 from orchestrator.follow import Follower
-from orchestrator.run_folder import write_whole
+from orchestrator.run_folder import PARTIAL, write_whole
 from orchestrator.signals import StopRequest
 from orchestrator.terminal import Terminal
 from orchestrator.worker import run_worker
@@ -240,6 +240,8 @@ def release_dead(folder: Path, all_are: bool = False) -> None:
     In the driver that started them, whose reservations Ray takes these for.
     """
     for note in folder.glob(f"{_RESERVED}*"):
+        if note.suffix == PARTIAL:
+            continue  # its crew writes it now, or was killed before it had workers
         actor = ray._private.state.actors(note.name.removeprefix(_RESERVED))
         if all_are or actor["State"] == "DEAD":
             ray.util.remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(note.read_text())))

@@ -12,12 +12,16 @@ from orchestrator.config import RunConfig
 
 @dataclass(frozen=True)
 class Job:
-    """What the driver hands to every worker: train up to and including step `until`."""
+    """What the driver hands to every worker: train up to and including step `until`.
+
+    A checkpoint follows each step of `save_after`, besides those that are due by the config.
+    """
 
     config: RunConfig
     folder: Path
     coordinator: Any
     until: int
+    save_after: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

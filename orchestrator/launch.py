@@ -46,6 +46,8 @@ class Lent:
     listener: Tracker | None = None
     until: int | None = None
     """The step after which training ends as if it had been interrupted."""
+    save_after: frozenset[int] = frozenset()
+    """Steps after which a checkpoint is wanted, besides those of the config."""
     terminal: Terminal | None = None
     """Where whoever waits is told how far the run is; what the process prints to where there is none."""
 
@@ -77,6 +79,7 @@ def train(config: RunConfig, lent: Lent | None = None) -> dict[str, Any]:
             return summary
         earlier = earlier_start(config, folder, retry_s)
         until = (lent.until if lent else None) or config.train.steps
+        save_after = lent.save_after if lent else frozenset()
         if earlier is not None and until <= earlier.step < config.train.steps:
             return {}
         data = prepare(config.data, config.data_root)
@@ -98,7 +101,7 @@ def train(config: RunConfig, lent: Lent | None = None) -> dict[str, Any]:
         else:
             crew = lent.crew
         tracker = stack.enter_context(tracking(config, folder, terminal.line, *belongs))
-        summary = _run(Job(config, folder, crew.foreman, until), crew, tracker, terminal, stop)
+        summary = _run(Job(config, folder, crew.foreman, until, save_after), crew, tracker, terminal, stop)
 
     if not summary:
         return {}

@@ -51,6 +51,7 @@ class Worker:
         self.config = config = job.config
         self.folder = job.folder
         self.until = job.until
+        self.save_after = job.save_after
         self.coordinator = job.coordinator
         context = ray.train.get_context()
         torch.set_num_threads(config.cluster.cpus_per_worker)
@@ -100,7 +101,7 @@ class Worker:
             last = self.step == self.until
             probe = self.step in probes and self._may_cut()
             evaluate = self.step == train.steps or self.step % train.eval_every == 0
-            due = last or self.step % train.checkpoint_every == 0
+            due = last or self.step % train.checkpoint_every == 0 or self.step in self.save_after
             report = due or probe or evaluate or self.step % train.log_every == 0
             if report and not self._report_losses():
                 continue

@@ -104,7 +104,7 @@ def _aside(start: Callable[[], object]) -> None:
     def run() -> None:
         try:
             done.set_result(start())
-        except Exception as error:  # noqa: BLE001 -- raised where the caller waits
+        except BaseException as error:  # noqa: BLE001 -- raised where the caller waits
             done.set_exception(error)
         threading.Event().wait()
 

@@ -18,6 +18,8 @@ from compression.plan import TruncationPlan
 from orchestrator.errors import UserError
 
 Json = dict[str, Any]
+# What a file is called until it is whole.
+PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,11 @@ def completed(known: Mapping[str, Any], row: Mapping[str, Any]) -> Json:
     return dict(row) if "train_loss" in row and "train_loss" in known else {**known, **row}
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file, complete or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
-        file.write(text)
+    partial = path.with_name(path.name + PARTIAL)
+    with partial.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())  # or a name may outlive a power failure that its content does not
     partial.rename(path)

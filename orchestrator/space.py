@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import importlib.util
@@ -108,9 +109,10 @@ class Space:
         return [*single, *(dict(zip(self.knobs, values, strict=True)) for values in outer)]
 
     def contents(self) -> dict[str, str]:
-        """What tells another space from this one, as far as its file says."""
+        """What tells another space from this one: its knobs, and what its file says but for comments and layout."""
         knobs = {name: repr(replace(knob, doc="")) for name, knob in self.knobs.items()}
-        return knobs | {"settings()": hashlib.sha256(inspect.getsource(self.settings).encode()).hexdigest()[:12]}
+        source = Path(inspect.getfile(self.settings)).read_text()
+        return knobs | {"its file": hashlib.sha256(ast.dump(ast.parse(source)).encode()).hexdigest()[:12]}
 
     def latest_cut(self, base: RunConfig, points: Sequence[Point]) -> int:
         """The step by which each of these points and of the edges has made its last cut."""

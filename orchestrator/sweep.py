@@ -64,7 +64,7 @@ from orchestrator.trial import (
     status_of,
     workers_of,
 )
-from orchestrator.trunk import share_a_trunk, trunk_of
+from orchestrator.trunk import saved_after, share_a_trunk, starts_of, trunk_of, untruncated
 
 Search = Literal["tpe", "random", "grid"]
 Pruning = Literal["none", "asha", "median"]
@@ -122,8 +122,9 @@ def tune_schedules(config: RunConfig, request: Request) -> dict[str, Any]:
             terminal.line(f"nothing to share: space {space.name} changes the training before the first cut too")
         # The trunk goes on to its end where it is a baseline too; else no further than is known to be needed.
         known = [*points, *(space.edges() if request.baselines else [])]
-        ahead = max((space.config(base, point).probe_steps[0] - 1 for point in known), default=0)
-        sweep = Sweep(base, space, shared, tracker.run_id if tracker is not None else None, ahead)
+        ahead = max(starts_of(space, base, known), default=0)
+        saved = saved_after(starts_of(space, base, points), base.train.steps)
+        sweep = Sweep(base, space, shared, tracker.run_id if tracker is not None else None, saved, ahead)
         total = len(points) if request.search != "tpe" else request.samples
         assert total is not None
         terminal.line(f"sweep {folder.name}: {total} trials, {at_a_time} at a time; {', '.join(request.objectives)}")
@@ -372,7 +373,7 @@ def _scheduler(sweep: Sweep, request: Request, points: Sequence[Point]) -> Trial
     which: dict[str, Any] = {"time_attr": "step", "metric": metric, "mode": OBJECTIVES[metric]}
     if request.pruning == "asha":
         return _Halving(base.storage, grace, base.train.steps, **which)
-    return _MedianRule(base.storage, grace, **which)
+    return _MedianRule(base.storage, grace, base.train.steps, **which)
 
 
 def _grace(space: Space, config: RunConfig, points: Sequence[Point]) -> int:
@@ -391,11 +392,13 @@ class _Halving(ASHAScheduler):  # type: ignore[misc]
             stop_last_trials=False,
             **which,
         )
-        self._sweep, self._grace = sweep, grace
+        self._sweep, self._grace, self._steps = sweep, grace, steps
         [(_, recorded)] = self._brackets[0]._rungs
         recorded |= {name: self._metric_op * self._at_the_rung(rows) for name, rows in self._histories().items()}
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if result["step"] >= self._steps:
+            return str(self.CONTINUE)  # to its own end
         if result["step"] >= self._grace:
             rows = measurements(folder_of(self._sweep, trial.trial_id), self._metric)
             result = result | {self._metric: self._at_the_rung([*rows, result])}
@@ -413,13 +416,15 @@ class _Halving(ASHAScheduler):  # type: ignore[misc]
 class _MedianRule(MedianStoppingRule):  # type: ignore[misc]
     """As long as there are too few trials to judge by, a trial goes on: Ray Tune has nothing to pause it with."""
 
-    def __init__(self, sweep: Path, grace: int, **which: Any) -> None:
+    def __init__(self, sweep: Path, grace: int, steps: int, **which: Any) -> None:
         super().__init__(grace_period=grace, **which)
+        self._steps = steps
         self._results |= measurements_of_ended(sweep, which["metric"])
 
-    def on_trial_result(self, *arguments: Any) -> str:
-        decision: str = super().on_trial_result(*arguments)
-        return self.CONTINUE if decision == self.PAUSE else decision
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        decision: str = super().on_trial_result(controller, trial, result)
+        ends = result["step"] >= self._steps
+        return self.CONTINUE if ends or decision == self.PAUSE else decision
 
 
 def _best_config(config: RunConfig, folder: Path, best: Outcome) -> RunConfig:
@@ -438,12 +443,13 @@ def _baselines(sweep: Sweep, best: Outcome, terminal: Terminal) -> dict[str, dic
         Interrupted: a signal ended one of them; the sweep's same command continues it.
     """
     base = sweep.base
-    # Goes on where the trunk has ended, and keeps its checkpoints: a trial that is tried again may need one.
-    full = trunk_of(base).model_copy(update={"train": base.train})
-    raw = full.model_dump(mode="json")
-    # A trial that is tried again may become the best, with other dimensions.
-    name = "-".join(map(str, ["scratch", *best.final_dims]))
-    scratch = parse_config(raw | {"name": name, "model": raw["model"] | {"d_state": best.final_dims}})
+    found = sweep.space.config(base, best.point)
+    # Goes on where the trunk has ended, and keeps its checkpoints: a trial that is tried again may need one. That one
+    # may become the best, so what trials do not share must not be this one's.
+    full = trunk_of(found if sweep.shared else base)
+    small = untruncated(found, f"scratch-of-{best.trial}")
+    raw = small.model_dump(mode="json")
+    scratch = parse_config(raw | {"model": raw["model"] | {"d_state": best.final_dims}})
     summaries = {}
     log = base.storage / "logs" / "ray.log"
     with stop_request() as stop, Crew(base.cluster, workers_of(base.storage), log) as crew:

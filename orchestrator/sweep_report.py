@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import pyarrow as pa
-import pyarrow.parquet as pq
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
+from orchestrator.collection import write_rows
 from orchestrator.errors import UserError
 from orchestrator.figures import BLUE, GREEN, GREY, VERMILION, figure_of, style
 from orchestrator.report import TEMPLATES
@@ -162,7 +161,7 @@ def write_sweep_report(
         "share": trained / naive,
     }
     write_whole(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
-    pq.write_table(pa.Table.from_pylist(rows), folder / "trials.parquet")
+    write_rows(folder / "trials.parquet", rows)
     render(folder)
     return summary
 

@@ -42,6 +42,8 @@ class Sweep:
     space: Space
     shared: bool
     parent_run_id: str | None
+    saved: frozenset[int] = frozenset()
+    """Steps after which the trunk is saved, for trials to begin there."""
     ahead: int = 0
     """The last step of the trunk that a trial begins after, as far as that is known."""
     start: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -108,15 +110,15 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         base = sweep.base.model_copy(update={"name": folder.name})
         result: Any
         words: str | None
-        (folder / OUTCOME).unlink(missing_ok=True)
         try:
+            (folder / OUTCOME).unlink(missing_ok=True)
             config = sweep.space.config(base, point)
             progress = Progress(self._results)
             tags = {"trial": base.name}
             if sweep.shared:
                 trunk = Lent(self._crew, self._stop, Nesting(sweep.parent_run_id, {"trial": "trunk"}))
                 before = config.probe_steps[0] - 1
-                tags["trunk_step"] = str(branch(config, trunk_of(config), before, trunk, sweep.ahead))
+                tags["trunk_step"] = str(branch(config, trunk_of(config), before, trunk, sweep.saved, sweep.ahead))
             nesting = Nesting(sweep.parent_run_id, tags, folder / PRUNED)
             summary = launch.train(config, Lent(self._crew, self._stop, nesting, progress))
             status, words, result = "finished", None, final(summary) | {"step": summary["steps"], "done": True}

@@ -8,16 +8,16 @@ from __future__ import annotations
 import fcntl
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
 from orchestrator import checkpoint, launch
-from orchestrator.checkpoint import MANIFEST
+from orchestrator.checkpoint import MANIFEST, Manifest
 from orchestrator.config import RunConfig
-from orchestrator.errors import Interrupted
+from orchestrator.errors import Interrupted, TrainingError
 from orchestrator.filesystem import Folder
 from orchestrator.launch import Lent
 from orchestrator.run_folder import metrics_so_far, write_whole
@@ -26,8 +26,10 @@ from orchestrator.space import Point, Space
 from orchestrator.storage import checkpoints_of
 
 NAME = "trunk"
-# A trial begins at most this share of the training before its first cut.
+# Where first cuts are many or not known beforehand, a trial begins at most this share of the training before its own.
 SPACING = 0.01
+# Of the training, what a trunk that dies loses at most.
+LOSS = 0.05
 POLL_S = 0.1
 
 
@@ -37,12 +39,25 @@ def untruncated(config: RunConfig, name: str) -> RunConfig:
 
 
 def trunk_of(trial: RunConfig) -> RunConfig:
-    """The full-size run of a trial, which keeps so many checkpoints that a first cut anywhere is near one."""
-    trunk = untruncated(trial, NAME)
-    every = max(1, int(SPACING * trial.train.steps))
+    """The full-size run of a trial, which keeps all its checkpoints: any of them may be another trial's beginning."""
+    trunk, steps = untruncated(trial, NAME), trial.train.steps
+    every = min(trial.train.checkpoint_every, max(1, int(LOSS * steps)))
     train = trunk.train.model_copy(update={"checkpoint_every": every})
-    checkpoints = trunk.checkpoints.model_copy(update={"keep_last": trial.train.steps, "keep_best": 0})
+    checkpoints = trunk.checkpoints.model_copy(update={"keep_last": steps, "keep_best": 0})
     return trunk.model_copy(update={"train": train, "checkpoints": checkpoints})
+
+
+def starts_of(space: Space, base: RunConfig, points: Sequence[Point]) -> frozenset[int]:
+    """The steps that trials at these points begin after."""
+    return frozenset(space.config(base, point).probe_steps[0] - 1 for point in points)
+
+
+def saved_after(starts: frozenset[int], steps: int) -> frozenset[int]:
+    """After which steps of a training a trunk is saved: the known `starts`, or so many that any is near one."""
+    if 0 < len(starts) <= 1 / SPACING:
+        return starts
+    every = max(1, int(SPACING * steps))
+    return frozenset(range(every, steps, every))
 
 
 def share_a_trunk(space: Space, base: RunConfig, points: Sequence[Point]) -> bool:
@@ -51,12 +66,18 @@ def share_a_trunk(space: Space, base: RunConfig, points: Sequence[Point]) -> boo
     return all(trunk == trunks[0] for trunk in trunks)
 
 
-def branch(trial: RunConfig, trunk: RunConfig, before: int, lent: Lent, ahead: int = 0) -> int:
+def branch(
+    trial: RunConfig, trunk: RunConfig, before: int, lent: Lent, saved: Collection[int] = (), ahead: int = 0
+) -> int:
     """Give a trial its beginning: the trunk's last checkpoint up to step `before`; the step that it begins after.
 
-    The trunk is trained as far as that needs, or to step `ahead`, which others are known to need. A trial that has a
-    checkpoint of its own goes on from there, and one that has ended needs none. Waits while another trial extends the
-    trunk.
+    Where that needs more of the trunk, it is trained up to there, or to step `ahead`, which others are known to need,
+    and saved after `before` and the steps of `saved` on the way. A trial that has a checkpoint of its own goes on from
+    there, and one that has ended needs none. Waits while another trial extends the trunk.
+
+    Raises:
+        TrainingError: the trunk did not come as far as step `before`.
+        Interrupted: a signal came while it was trained or waited for.
     """
     folder = trial.storage / trial.name
     own = checkpoints_of(folder, trial.checkpoints.storage, trial.checkpoints.retry_s)
@@ -66,23 +87,35 @@ def branch(trial: RunConfig, trunk: RunConfig, before: int, lent: Lent, ahead: i
     if before < 1:
         return 0
     with _alone(trunk.storage, lent.stop):
-        launch.train(trunk, replace(lent, until=max(before, ahead)))
         shared = checkpoints_of(trunk.storage / trunk.name, trunk.checkpoints.storage, trunk.checkpoints.retry_s)
-        step = max((step for step in checkpoint.complete_steps(shared) if step <= before), default=0)
-        if step == 0:
+        if _reached(shared) < before:
+            try:
+                launch.train(trunk, replace(lent, until=max(before, ahead), save_after=frozenset({before, *saved})))
+            except TrainingError:
+                if _reached(shared) < before:
+                    raise
+        source = checkpoint.newest(shared, before)
+        if source is None:
             return 0  # so early a trial has nothing to gain
+        manifest = checkpoint.verify(source)
+        step = manifest.step
         folder.mkdir(parents=True, exist_ok=True)
         rows = [row for row in metrics_so_far(trunk.storage / trunk.name) if row["step"] <= step]
         write_whole(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         write_whole(note, json.dumps({"step": step}) + "\n")
         own.create()
-        _graft(checkpoint.at(shared, step), checkpoint.at(own, step), trial)
+        _graft(source, manifest, checkpoint.at(own, step), trial)
     return step
 
 
-def _graft(source: Folder, target: Folder, config: RunConfig) -> None:
+def _reached(shared: Folder) -> int:
+    """The last step after which the trunk is saved."""
+    path = checkpoint.newest(shared)
+    return checkpoint.read_manifest(path).step if path is not None else 0
+
+
+def _graft(source: Folder, manifest: Manifest, target: Folder, config: RunConfig) -> None:
     """Copy a checkpoint that becomes one of another run, which continues from there with its own config."""
-    manifest = checkpoint.verify(source)
     for shard in manifest.shards:
         content = source.read(shard.file)
         assert content is not None, "it has just been verified"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +15,9 @@ from models.scan.backends import UnavailableError
 from orchestrator.checkpoint import CheckpointError
 from orchestrator.config import parse_config
 from orchestrator.coordinator import Coordinator, StaleAttemptError
-from orchestrator.crew import Foreman
+from orchestrator.crew import Foreman, release_dead
 from orchestrator.errors import UserError
-from orchestrator.events import Job
+from orchestrator.events import Job, Reserved, Stopped
 from orchestrator.failures import comes_again
 from orchestrator.group import DisagreementError
 from orchestrator.ray_cluster import cluster_address
@@ -59,6 +60,30 @@ def test_failures_are_counted_for_each_run_alone(small_run: dict[str, Any]) -> N
         assert not await restarted.lost("gone"), "the driver remembers what a process that died has counted"
 
     asyncio.run(story())
+
+
+def test_what_is_reserved_between_two_runs_is_told_with_the_next(small_run: dict[str, Any]) -> None:
+    config = parse_config(small_run)
+
+    async def story() -> None:
+        foreman = Foreman()
+        for number in (1, 2):
+            await foreman.assign(number, Job(config, config.storage / "small", None, 12), 2)
+            await foreman.begin_attempt(number, 1)
+            await foreman.publish(number, [Stopped(12)])
+            await foreman.reserved(f"after {number}")
+        assert await foreman.drain(stop=False) == [Reserved("after 1"), Stopped(12), Reserved("after 2")]
+        await foreman.drain(stop=False)
+        await foreman.recorded(2)
+
+    asyncio.run(story())
+
+
+def test_a_reservation_that_is_being_noted_is_left_alone(tmp_path: Path) -> None:
+    note = tmp_path / "reserved-by-0123.partial"
+    note.write_text("01")
+    release_dead(tmp_path, all_are=True)
+    assert note.exists()
 
 
 def test_a_new_process_does_not_let_workers_wait_for_what_it_cannot_know(small_run: dict[str, Any]) -> None:

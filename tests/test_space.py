@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from orchestrator.errors import UserError
 from orchestrator.space import Space, load_space, names, optuna_space
 from orchestrator.sweep import Request, _scheduler, check
 from orchestrator.trial import Sweep
-from orchestrator.trunk import share_a_trunk, trunk_of
+from orchestrator.trunk import saved_after, share_a_trunk, starts_of, trunk_of
 from tune_spaces.knobs import Choice, Float, Integer
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -77,6 +78,18 @@ def test_a_point_becomes_the_run_that_it_stands_for(base: RunConfig) -> None:
     own = {"name", "truncation", "checkpoints", "train"}
     assert trunk.model_dump(exclude=own) == config.model_dump(exclude=own)
     assert trunk.train.model_dump(exclude={"checkpoint_every"}) == config.train.model_dump(exclude={"checkpoint_every"})
+
+
+def test_trials_may_begin_right_before_their_first_cuts_or_where_these_are_not_known_near_any(base: RunConfig) -> None:
+    space = load_space("timing")
+    points = [{"at": at} for at in (0.1, 0.2, 0.2)]
+    firsts = {space.config(base, point).probe_steps[0] for point in points}
+    assert starts_of(space, base, points) == {first - 1 for first in firsts}
+    starts = starts_of(space, base, points)
+    assert saved_after(starts, 1000) == starts
+    for unknown in (frozenset[int](), frozenset(range(1000))):
+        anywhere = sorted({0, *saved_after(unknown, 1000)})
+        assert max(b - a for a, b in itertools.pairwise([*anywhere, 1000])) == 10
 
 
 SPACE = "from tune_spaces.knobs import Choice, Float, Integer\nKNOBS = {knobs}\ndef settings({takes}): return {gives}\n"
@@ -172,6 +185,8 @@ def test_a_continued_sweep_knows_what_has_been_judged(base: RunConfig, tmp_path:
     assert means == {"trial-00000": 2.5}
     resumed = tune.experiment.Trial("trial", stub=True, trial_id="2")
     asha.on_trial_add(None, resumed)
+    # At its end nothing is left to stop.
+    assert asha.on_trial_result(None, resumed, {"step": 200, "val_loss": 9.0}) == asha.CONTINUE
     assert asha.on_trial_result(None, resumed, {"step": 150, "val_loss": 1.0}) == asha.STOP
 
 
