@@ -105,6 +105,7 @@ class Worker:
         if folder is not None:
             state = self.engine.state()
             copied = time.perf_counter() - started
+            assert float(self.group.sum(torch.tensor([float(not state.is_finite())]))) == 0  # as the loop finds out
             self.writer.save(Folder.of(folder, "folder"), f"{self.step:016x}", manifest(state), state)
         for _ in range(STEPS):
             self.step += 1

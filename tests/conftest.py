@@ -31,6 +31,27 @@ from models.scan import backends, extension
 from tests.runs import end_crews, end_drivers, track
 from tests.s3 import Server
 
+# The files that take longest, first: two processes, which get a file each as they come to it, then end together. Tests
+# whose runs fail take their workers along, so the file that has most of them is the last that needs any.
+LONGEST = [
+    "test_kills.py",
+    "test_sweep.py",
+    "test_continuing.py",
+    "test_zero.py",
+    "test_checkpoints.py",
+    "test_comparison.py",
+    "test_cuts_in_runs.py",
+    "test_generation.py",
+    "test_recall.py",
+    "test_training.py",
+    "test_triton.py",
+    "test_coordinator.py",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -88,10 +109,13 @@ def tracked_run(small_run: dict[str, Any], empty_store: Path) -> dict[str, Any]:
     return track(small_run, empty_store)
 
 
+CPUS = 6  # of Ray: for two crews of `train` that wait, of two workers and of one, and two workers beside them
+
+
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """One Ray for the tests that start several trainings in this process, with room for `train`'s waiting workers."""
-    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=CPUS, include_dashboard=False, log_to_driver=False)
     yield
     end_crews()
     ray.shutdown()

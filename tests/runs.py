@@ -11,23 +11,26 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from mlflow import MlflowClient
-from mlflow.entities import Run
 from safetensors.torch import load
 
 from compression.plan import TruncationPlan
 from orchestrator import checkpoint, launch
-from orchestrator.config import RunConfig
+from orchestrator.config import ClusterConfig, RunConfig
 from orchestrator.crew import Crew
 from orchestrator.launch import Lent
 from orchestrator.run_folder import read_metrics
 from orchestrator.storage import checkpoints_of
+
+if TYPE_CHECKING:  # MLflow takes seconds, and processes that tests start import this file too
+    import pytest
+    from mlflow.entities import Run
 
 # Guards against hangs and says nothing of speed: what has not ended by then, on however slow a machine, never will.
 HANGS_S = 900.0
@@ -41,14 +44,26 @@ def train(config: RunConfig) -> dict[str, Any]:
 
     Only where a test has Ray running, `local_ray`, which ends them.
     """
-    cluster = config.cluster
+    return launch.train(config, Lent(crew_of(config.cluster)))
+
+
+def crew_of(cluster: ClusterConfig) -> Crew:
+    """The workers that `train` keeps for runs with these settings."""
     key = (cluster.workers, cluster.cpus_per_worker, cluster.timeout_s, cluster.max_failures)
-    if key not in _crews:
+    crew = _crews.pop(key, None)
+    if crew is None:
         while len(_crews) > 1:
             _crews.pop(next(iter(_crews))).close()
         folder = Path(tempfile.mkdtemp(prefix="crew"))
-        _crews[key] = Crew(cluster, folder, folder / "ray.log")
-    return launch.train(config, Lent(_crews[key]))
+        crew = Crew(cluster, folder, folder / "ray.log")
+    _crews[key] = crew  # last: it is the one that was used last
+    return crew
+
+
+def lend_crews(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
+    """For a test, have these modules work with the crews of `train` instead of starting and ending their own."""
+    for module in modules:
+        monkeypatch.setattr(f"{module}.Crew", lambda cluster, folder, log: nullcontext(crew_of(cluster)))
 
 
 def end_crews() -> None:
@@ -127,6 +142,8 @@ def plans(folder: Path) -> list[TruncationPlan]:
 
 def runs_of(raw: dict[str, Any]) -> list[Run]:
     """All MLflow runs in a config's database."""
+    from mlflow import MlflowClient
+
     client = MlflowClient(raw["tracking"]["mlflow_uri"])
     experiment = client.get_experiment_by_name("rayduce")
     assert experiment is not None

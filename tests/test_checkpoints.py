@@ -11,7 +11,6 @@ import math
 import multiprocessing
 import os
 import random
-import resource
 import shutil
 import threading
 import time
@@ -23,81 +22,33 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from compression.moments import ParameterState
 from orchestrator import checkpoint, launch, retention
-from orchestrator.checkpoint import MANIFEST, CheckpointError, Manifest
+from orchestrator.checkpoint import MANIFEST, CheckpointError
 from orchestrator.checkpoint_writer import MissingShardError, Writer
 from orchestrator.config import CheckpointsConfig, ClusterConfig, parse_config
 from orchestrator.errors import TrainingError, UserError
 from orchestrator.filesystem import Folder, inside
-from orchestrator.group import Group, limit_waiting
+from orchestrator.group import Group
 from orchestrator.guard import Watch
 from orchestrator.retention import kept, prune
-from orchestrator.sharded_state import ShardedState, assign_owners
 from orchestrator.storage import checkpoints_of, run_folder
-from tests.conftest import Pair
-from tests.runs import HANGS_S, dims_loaded_alone, start, train, wait_until
+from tests.checkpoints import (
+    CPU,
+    OTHER,
+    SHAPES,
+    TOKEN,
+    equal,
+    manifest,
+    restored,
+    save_for_ever,
+    save_much,
+    share,
+    states,
+    write,
+    write_with_room_for,
+)
+from tests.runs import dims_loaded_alone, train, wait_until
 from tests.s3 import Server
-
-SHAPES = {"embedding": (7, 3), "mixer.A": (4,), "mixer.B": (4, 5), "norm": (1,), "scalar": ()}
-TOKEN, OTHER = "0" * 15 + "1", "f" * 16
-CPU = torch.device("cpu")
-
-
-def states(seed: int) -> dict[str, ParameterState]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: ParameterState(*(torch.randn(shape, generator=generator) for _ in range(3)))
-        for name, shape in SHAPES.items()
-    }
-
-
-def share(whole: dict[str, ParameterState], rank: int, workers: int) -> ShardedState:
-    owners = assign_owners({name: math.prod(shape) for name, shape in SHAPES.items()}, workers)
-    own = {name: state for name, state in whole.items() if owners[name] == rank}
-    return ShardedState(owners, dict(SHAPES), own, optimizer_step=3)
-
-
-def manifest(step: int, workers: int = 1, **content: Any) -> Manifest:
-    plain = Manifest(
-        step=step,
-        optimizer_step=3,
-        train_seconds=0.0,
-        state_dims=[4],
-        shapes=SHAPES,
-        shard_of=share(states(0), 0, workers).owners,
-        shards=[],
-        truncations=[{"val_loss_after": math.inf}],
-        probe=None,
-        val_loss=None,
-        after_cut=False,
-        config={},
-        data_sha256="",
-    )
-    return plain.model_copy(update=content)
-
-
-def write(folder: Folder, step: int, workers: int = 1, token: str = TOKEN, seed: int = 0, **content: Any) -> Folder:
-    """Write a checkpoint with all its workers, and wait for it."""
-    path, whole = checkpoint.at(folder, step), states(seed)
-    writers = [Writer(rank, workers, timeout_s=30) for rank in range(workers)]
-    for rank, writer in enumerate(writers):
-        writer.save(path, token, manifest(step, workers, **content), share(whole, rank, workers))
-    for writer in writers:
-        writer.wait()
-    return path
-
-
-def equal(left: dict[str, ParameterState], right: dict[str, ParameterState]) -> bool:
-    pairs = [zip(left[name].tensors(), right[name].tensors(), strict=True) for name in right]
-    return left.keys() == right.keys() and all(torch.equal(a, b) for pair in pairs for a, b in pair)
-
-
-def restored(path: Folder, workers: int = 1) -> dict[str, ParameterState]:
-    verified = checkpoint.verify(path)
-    loaded = [checkpoint.load(path, verified, Group(rank, workers, CPU)).own for rank in range(workers)]
-    assert sum(map(len, loaded)) == len(SHAPES)
-    return {name: state for own in loaded for name, state in own.items()}
 
 
 @pytest.fixture(params=["path", "file", "s3"])
@@ -163,18 +114,12 @@ def test_a_step_that_is_saved_again_has_one_of_both_at_every_moment(folder: Fold
     assert equal(restored(path), states(0))
 
 
-def _save_for_ever(folder: Path) -> None:
-    for step in range(1, 10**6):
-        write(Folder.of(folder, "place"), step, workers=2, token=f"{step:016x}", seed=step)
-        prune(Folder.of(folder, "place"), step, CheckpointsConfig())
-
-
 def test_a_kill_at_any_moment_leaves_a_complete_checkpoint(tmp_path: Path) -> None:
     context, place = multiprocessing.get_context("forkserver"), Folder.of(tmp_path, "place")
-    context.set_forkserver_preload(["orchestrator.retention", "orchestrator.checkpoint_writer"])
+    context.set_forkserver_preload(["tests.checkpoints"])
     last = 0
     for attempt in range(6):
-        process = context.Process(target=_save_for_ever, args=(tmp_path,))
+        process = context.Process(target=save_for_ever, args=(tmp_path,))
         process.start()
         deadline = time.monotonic() + 60
         while (path := checkpoint.newest(place)) is None or path.name == f"step-{last:08d}":
@@ -189,22 +134,13 @@ def test_a_kill_at_any_moment_leaves_a_complete_checkpoint(tmp_path: Path) -> No
         assert equal(restored(path), states(last))
 
 
-def _save_much(uri: str, environment: dict[str, str]) -> None:
-    os.environ |= environment
-    large = {name: torch.full((2**25,), 1.0) for name in ("value", "exp_avg", "exp_avg_sq")}
-    state = ShardedState({"large": 0}, {"large": (2**25,)}, {"large": ParameterState(**large)}, optimizer_step=3)
-    writer = Writer(0, 1, timeout_s=30)
-    writer.save(checkpoint.at(Folder.of(uri, "place"), 5), TOKEN, manifest(5), state)
-    writer.wait()
-
-
 def test_a_kill_in_the_middle_of_an_upload_leaves_the_checkpoint_before(s3: Server) -> None:
     """Some parts of a shard are in the store, which knows of no such file; the same step is saved again later."""
     uri = s3.uri.replace("checkpoints?", "uploads?")
     place = Folder.of(uri, "place")
     before = write(place, 4)
     credentials = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    process = multiprocessing.get_context("spawn").Process(target=_save_much, args=(uri, credentials))
+    process = multiprocessing.get_context("spawn").Process(target=save_much, args=(uri, credentials))
     process.start()
     wait_until(lambda: s3.parts() or not process.is_alive(), "a part has arrived")
     process.kill()
@@ -252,22 +188,12 @@ def test_a_full_disk_fails_at_once_and_spares_what_was_there(tmp_path: Path) -> 
     assert equal(restored(earlier), states(0))
 
 
-def _write_with_room_for(limit: int, folder: Path) -> str:
-    """What a checkpoint ends with that outgrows a limit for files."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    try:
-        write(Folder.of(folder, "place", retry_s=60), 2)
-    except CheckpointError as error:
-        return str(error)
-    return "written"
-
-
 def test_a_shard_that_does_not_fit_leaves_nothing_behind(tmp_path: Path) -> None:
     """It fails in the middle of the shard."""
     folder = Folder.of(tmp_path, "place")
     earlier = write(folder, 1)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        said = pool.submit(_write_with_room_for, 200, tmp_path).result()
+        said = pool.submit(write_with_room_for, 200, tmp_path).result()
     assert said == f"checkpoint {checkpoint.at(folder, 2)} cannot be written: File too large"
     assert checkpoint.at(folder, 2).names() == []
     assert checkpoint.newest(folder) == earlier
@@ -524,9 +450,9 @@ def test_storage_that_cannot_be_used_is_refused_in_one_sentence(
 
 @pytest.mark.cluster
 def test_a_run_on_s3_continues_though_its_machine_is_gone_and_is_loaded_from_there(
-    s3: Server, small_run: dict[str, Any], local_ray: None
+    s3: Server, small_run: dict[str, Any], local_ray: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Through the command, as a person starts it; the model without Ray, DeepSpeed or MLflow."""
+    """The model is loaded without Ray, DeepSpeed or MLflow."""
     small_run["checkpoints"] = {"storage": f"{s3.uri}", "keep_last": 1, "keep_best": 0}
     run = Path(small_run["storage"]) / "small"
     train(parse_config(small_run))
@@ -537,8 +463,9 @@ def test_a_run_on_s3_continues_though_its_machine_is_gone_and_is_loaded_from_the
 
     checkpoint.delete(last)
     shutil.rmtree(run)
-    output, errors = start(small_run).communicate(timeout=HANGS_S)
-    assert "continued after step 7" in output, errors
+    train(parse_config(small_run))
+    output = capfd.readouterr().out
+    assert "continued after step 7" in output
     assert f"checkpoint  {last}" in output
     again = checkpoint.load_values(last, checkpoint.verify(last))
     assert all(torch.equal(again[name], value) for name, value in ended.items())
@@ -548,8 +475,9 @@ def test_a_run_on_s3_continues_though_its_machine_is_gone_and_is_loaded_from_the
 
 
 @pytest.mark.cluster
+@pytest.mark.parametrize("seconds", [5, pytest.param(60, marks=pytest.mark.long)])
 def test_storage_that_goes_away_in_the_middle_of_a_run_is_waited_for(
-    small_run: dict[str, Any], local_ray: None, tmp_path: Path
+    seconds: int, small_run: dict[str, Any], local_ray: None, tmp_path: Path
 ) -> None:
     """The run stands still meanwhile, loses no worker, and ends with all its checkpoints."""
     there, away, place = tmp_path / "disk", tmp_path / "away", tmp_path / "storage" / "small"
@@ -563,7 +491,7 @@ def test_storage_that_goes_away_in_the_middle_of_a_run_is_waited_for(
         wait_until((there / "step-00000003" / MANIFEST).exists, "the first checkpoint")
         away.symlink_to("/dev/null/nothing")
         away.replace(place)
-        time.sleep(5)
+        time.sleep(seconds)
         missed = not last.exists()
         away.symlink_to(there)
         away.replace(place)
@@ -579,20 +507,7 @@ def test_storage_that_goes_away_in_the_middle_of_a_run_is_waited_for(
     assert (Path(small_run["storage"]) / "small" / "attempt").read_text() == "1\n"
 
 
-def _write_slowly(rank: int) -> int:
-    """A write on one rank that lasts longer than any rank waits in a collective."""
-    limit_waiting(1)
-    try:
-        return Group(rank, 2, CPU).together(lambda: time.sleep(3 * rank) or rank)  # type: ignore[func-returns-value]
-    finally:
-        limit_waiting(1800)
-
-
-@pytest.mark.cluster
-def test_workers_wait_for_a_write_longer_than_for_each_other(pair: Pair) -> None:
-    assert pair(_write_slowly) == [0, 1]
-
-
+@pytest.mark.long  # workers that fail are started again for the next test
 @pytest.mark.cluster
 def test_a_checkpoint_that_cannot_be_written_ends_the_training_in_one_sentence(
     small_run: dict[str, Any], local_ray: None

@@ -14,7 +14,7 @@ from orchestrator.comparison import METHODS, PENALTIES, Request, check, compare
 from orchestrator.comparison_report import Row, _figure, markdown, read_comparison
 from orchestrator.config import parse_config
 from orchestrator.errors import UserError
-from tests.runs import end_crews, family, losses, start, wait_while_running
+from tests.runs import end_crews, family, lend_crews, losses, start, wait_while_running
 
 SMALLER = [method for method in METHODS if method != "full"]
 
@@ -30,8 +30,10 @@ def digits(tracked_run: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.cluster
-def test_every_method_ends_where_truncation_does(digits: dict[str, Any], local_ray: None) -> None:
-    end_crews()
+def test_every_method_ends_where_truncation_does(
+    digits: dict[str, Any], local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lend_crews(monkeypatch, "orchestrator.comparison")
     config = parse_config(digits)
     request = Request(tuple(METHODS), 1, (), fine_tune=0.2, penalty=1e-4)
     folder = Path(digits["storage"]) / "small-compare"
@@ -74,13 +76,40 @@ def test_every_method_ends_where_truncation_does(digits: dict[str, Any], local_r
 
 
 @pytest.mark.cluster
-def test_a_method_that_fails_is_told_and_more_can_be_asked_for(digits: dict[str, Any], local_ray: None) -> None:
-    """Of a comparison that was killed too: what has ended is not trained again."""
+def test_more_can_be_asked_for_and_a_method_that_fails_is_told(
+    digits: dict[str, Any], local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lend_crews(monkeypatch, "orchestrator.comparison")
+    config = parse_config(digits)
+    request = Request(("scratch",), 1, (0.2, 0.6), fine_tune=0.2, penalty=1e60)
+    rows = compare(config, request)
+    assert [row.named for row in rows] == ["full", "hankel 0.2", "scratch 0.2", "hankel 0.6", "scratch 0.6"]
+    assert [row.final_dims for row in rows[1::2]] == [row.final_dims for row in rows[2::2]]
+    assert sum(rows[3].final_dims) < sum(rows[1].final_dims)
+    folder = Path(digits["storage"]) / "small-compare"
+    stamps = stamps_of(folder / "seed-0")
+
+    later = compare(config, replace(request, methods=("hsv_regularized",), tolerances=(0.2,)))
+    assert [(row.named, row.error is None) for row in later] == [
+        ("full", True),
+        ("hankel 0.2", True),
+        ("hsv_regularized 0.2", False),
+    ]
+    # What was asked for before stays in the table; NaN of a failed run does not equal itself.
+    assert [row.run for row in read_comparison(folder)] == [row.run for row in [*later, *rows[2:]]]
+    assert f"- failed: hsv_regularized 0.2, seed 0: {later[2].error}\n" in (folder / "comparison.md").read_text()
+    assert stamps.items() <= stamps_of(folder / "seed-0").items()
+
+
+@pytest.mark.long
+@pytest.mark.cluster
+def test_a_comparison_that_was_killed_is_continued(digits: dict[str, Any], local_ray: None) -> None:
+    """What has ended is not trained again."""
     end_crews()
     config = parse_config(digits)
-    request = Request(("hsv_regularized",), 1, (0.2,), fine_tune=0.2, penalty=1e60)
-    options = ["--methods", "hsv_regularized", "--seeds", "1", "--tolerance", "0.2", "--fine-tune", "0.2"]
-    first = start(digits, *options, "--penalty", "1e60", command="compare")
+    request = Request(("scratch",), 1, (0.2,), fine_tune=0.2, penalty=1e-5)
+    options = ["--methods", "scratch", "--seeds", "1", "--tolerance", "0.2", "--fine-tune", "0.2"]
+    first = start(digits, *options, "--penalty", "1e-5", command="compare")
     runs = Path(digits["storage"]) / "small-compare" / "seed-0"
     wait_while_running(first, (runs / "hankel-0.2" / "summary.json").exists, "truncation itself ends")
     first.kill()
@@ -89,23 +118,7 @@ def test_a_method_that_fails_is_told_and_more_can_be_asked_for(digits: dict[str,
     assert len(before) == 2
     rows = compare(config, request)
     assert before.items() <= stamps_of(runs).items()
-    assert [(row.method, row.error is None) for row in rows] == [
-        ("full", True),
-        ("hankel", True),
-        ("hsv_regularized", False),
-    ]
-    folder = runs.parent
-    assert f"- failed: hsv_regularized 0.2, seed 0: {rows[2].error}\n" in (folder / "comparison.md").read_text()
-    stamps = stamps_of(runs)
-
-    failed = rows[2]
-    rows = compare(config, replace(request, methods=("scratch",), tolerances=(0.2, 0.6)))
-    # What was asked for before stays in the table; NaN of a failed run does not equal itself.
-    assert [row.run for row in read_comparison(folder)] == [row.run for row in [*rows, failed]]
-    assert [row.named for row in rows] == ["full", "hankel 0.2", "scratch 0.2", "hankel 0.6", "scratch 0.6"]
-    assert [row.final_dims for row in rows[1::2]] == [row.final_dims for row in rows[2::2]]
-    assert sum(rows[3].final_dims) < sum(rows[1].final_dims)
-    assert stamps.items() <= stamps_of(runs).items()
+    assert [(row.method, row.error) for row in rows] == [("full", None), ("hankel", None), ("scratch", None)]
 
 
 def stamps_of(runs: Path) -> dict[Path, int]:

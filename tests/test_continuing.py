@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shutil
@@ -28,7 +27,18 @@ from orchestrator.mlflow_tracker import MLFLOW_RUN
 from orchestrator.storage import run_folder
 from tests.chaos.harness import Points
 from tests.conftest import small_run as small_run_fixture
-from tests.runs import HANGS_S, dims_loaded_alone, losses, plans, saved, start, track, train, wait_while_running
+from tests.runs import (
+    HANGS_S,
+    dims_loaded_alone,
+    line_with,
+    losses,
+    plans,
+    saved,
+    start,
+    track,
+    train,
+    wait_while_running,
+)
 
 pytestmark = pytest.mark.cluster
 Finished = tuple[RunConfig, Path]
@@ -272,37 +282,25 @@ def test_runs_of_one_name_do_not_share_storage_of_checkpoints(small_run: dict[st
         pass
 
 
-def _trained(folder: Path, step: int) -> bool:
-    path = folder / "metrics.jsonl"
-    return path.exists() and "train_loss" in path.read_text() and max(losses(folder)) >= step
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
-def test_a_signal_ends_the_run_with_a_checkpoint(number: signal.Signals, small_run: dict[str, Any]) -> None:
-    """SIGINT to the whole session, as a terminal does, or SIGTERM; the same command continues from there."""
-    small_run["train"] |= {"steps": 150, "checkpoint_every": 1000, "eval_every": 1000}
+def test_a_signal_ends_the_run_with_a_checkpoint(small_run: dict[str, Any], finished: Finished, tmp_path: Path) -> None:
+    """SIGINT to the whole session, as a terminal does, and later SIGTERM; the same command continues each time."""
+    _, reference = finished
     folder = Path(small_run["storage"]) / "small"
-    driver = start(small_run)
-    wait_while_running(driver, functools.partial(_trained, folder, 8), "some steps")
-    os.killpg(driver.pid, number) if number == signal.SIGINT else driver.send_signal(number)
-    _, said = driver.communicate(timeout=HANGS_S)
-    assert driver.returncode == 128 + number
-    assert not (folder / "summary.json").exists()
-    stopped = max(losses(folder))
-    assert f"stopped after step {stopped} of 150; the same command continues" in said
-    assert stopped < 150
-    assert saved(folder, stopped)
-    again = start(small_run)
-    shown, said = again.communicate(timeout=HANGS_S)
-    assert again.returncode == 0, said
-    assert f"continued after step {stopped}" in shown
-    assert list(losses(folder)) == list(range(1, 151))
-    assert json.loads((folder / "summary.json").read_text())["final_dims"] == [4, 4]
-
-
-def test_a_run_may_take_its_time_to_end_after_sigterm(small_run: dict[str, Any], tmp_path: Path) -> None:
-    """A long step, say: Ray's own handler would abort the driver after three seconds."""
     points = Points(tmp_path / "points")
+    points.arm("step", 4)
+    driver = start(small_run, RAYDUCE_HOLD=str(points.folder))
+    points.held(driver, "step", 4)
+    os.killpg(driver.pid, signal.SIGINT)
+    line_with(driver, "stopping: a checkpoint follows")
+    points.let_go("step", 4)
+    _, said = driver.communicate(timeout=HANGS_S)
+    assert driver.returncode == 128 + signal.SIGINT, said
+    assert "stopped after step 4 of 12; the same command continues" in said
+    assert not (folder / "summary.json").exists()
+    assert list(losses(folder)) == [1, 2, 3, 4]
+    assert saved(folder, 4)
+
+    # In a long step, say: Ray's own handler would abort the driver three seconds after SIGTERM.
     points.arm("step", 9)
     driver = start(small_run, RAYDUCE_HOLD=str(points.folder))
     points.held(driver, "step", 9)
@@ -310,10 +308,14 @@ def test_a_run_may_take_its_time_to_end_after_sigterm(small_run: dict[str, Any],
     time.sleep(5)
     assert driver.poll() is None
     points.let_go("step", 9)
-    _, said = driver.communicate(timeout=HANGS_S)
+    shown, said = driver.communicate(timeout=HANGS_S)
     assert driver.returncode == 128 + signal.SIGTERM, said
-    assert "the same command continues from there" in said
-    assert saved(Path(small_run["storage"]) / "small", 10)
+    assert "continued after step 4" in shown
+    assert "stopped after step 10 of 12; the same command continues" in said
+
+    assert train(parse_config(small_run))["final_dims"] == [4, 4]
+    assert losses(folder) == losses(reference)
+    assert same_end(folder, reference, 12)
 
 
 @pytest.mark.long

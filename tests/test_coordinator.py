@@ -7,7 +7,6 @@ import gc
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from ray.exceptions import RayTaskError
 from benchmarks.coordination import axis, lru, mamba, measure, messages, rotated
 from compression.gramians import SelectiveMoments, Statistics
 from compression.plan import StateSelection, TruncationPlan
-from compression.planning import Decision, Occasion, Submission, layer_plan, plan_truncation, solve_layer
+from compression.planning import Decision, Occasion, Rule, Submission, layer_plan, plan_truncation, solve_layer
 from compression.ranking import Target
 from models.heads import SequenceModel
 from models.mamba import MambaConfig
@@ -53,13 +52,30 @@ class Owner:
         return self.actor.assemble.remote(self.sender, own)
 
 
-def coordinator(timeout_s: float = 60) -> Any:
-    actor = ray.remote(Coordinator).options(num_cpus=0).remote(RULE, timeout_s)
-    ray.get(actor.begin_attempt.remote(1, WORKERS))
-    return actor
+class AnyRuns(Coordinator):
+    """A coordinator of one run after another, as a crew's is: an actor takes seconds to start."""
+
+    async def begin(self, rule: Rule, timeout_s: float, workers: int) -> None:
+        self._begin_run(rule, timeout_s, failures_left=0)
+        await self.begin_attempt(1, workers)
 
 
-def test_the_first_rank_gets_the_plan_of_a_single_process_in_any_order(local_ray: None) -> None:
+Begin = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def coordinator(local_ray: None) -> Begin:
+    """Begins a run; its coordinator."""
+    actor = ray.remote(AnyRuns).options(num_cpus=0).remote(None, 0)
+
+    def begin(timeout_s: float = 60, rule: Rule = RULE, workers: int = WORKERS) -> Any:
+        ray.get(actor.begin.remote(rule, timeout_s, workers))
+        return actor
+
+    return begin
+
+
+def test_the_first_rank_gets_the_plan_of_a_single_process_in_any_order(coordinator: Begin) -> None:
     actor = coordinator()
     owners = [Owner(actor, 1), Owner(actor, 0)]
     decided = ray.get([owner.decide() for owner in owners])
@@ -72,7 +88,7 @@ def test_the_first_rank_gets_the_plan_of_a_single_process_in_any_order(local_ray
     assert all(isinstance(layer.reduction, StateSelection) for layer in alone.layers)
 
 
-def test_a_duplicate_changes_nothing(local_ray: None) -> None:
+def test_a_duplicate_changes_nothing(coordinator: Begin) -> None:
     actor = coordinator()
     first, other, second = Owner(actor, 0), Owner(actor, 0, seed=99), Owner(actor, 1)
     decided = ray.get([first.decide(), other.decide(), second.decide(), second.decide()])
@@ -84,7 +100,7 @@ def test_a_duplicate_changes_nothing(local_ray: None) -> None:
     assert expected.layers[0].spectrum in {tuple(owner.solution.sigma_N.tolist()) for owner in (first, other)}
 
 
-def test_a_straggler_of_a_dead_attempt_is_refused(local_ray: None) -> None:
+def test_a_straggler_of_a_dead_attempt_is_refused(coordinator: Begin) -> None:
     actor = coordinator()
     ray.get(actor.begin_attempt.remote(2, WORKERS))
     for straggler in (Owner(actor, 0).decide(), actor.publish.remote(1, []), actor.begin_attempt.remote(1, WORKERS)):
@@ -97,7 +113,7 @@ def test_a_straggler_of_a_dead_attempt_is_refused(local_ray: None) -> None:
 
 
 @pytest.mark.parametrize("stage", ["decide", "assemble"])
-def test_a_missing_worker_turns_the_probe_into_keep(local_ray: None, stage: str) -> None:
+def test_a_missing_worker_turns_the_probe_into_keep(coordinator: Begin, stage: str) -> None:
     actor = coordinator(timeout_s=2)
     punctual, late = Owner(actor, 1), Owner(actor, 0)
     if stage == "decide":
@@ -112,7 +128,7 @@ def test_a_missing_worker_turns_the_probe_into_keep(local_ray: None, stage: str)
     assert told == (plan if stage == "decide" else None)
 
 
-def test_what_one_owner_cannot_rank_everyone_hears_of(local_ray: None) -> None:
+def test_what_one_owner_cannot_rank_everyone_hears_of(coordinator: Begin) -> None:
     actor = coordinator()
     broken = Owner(actor, 1)
     answers = [
@@ -124,7 +140,7 @@ def test_what_one_owner_cannot_rank_everyone_hears_of(local_ray: None) -> None:
             ray.get(answer)
 
 
-def test_what_cannot_be_decided_everyone_hears_of(local_ray: None) -> None:
+def test_what_cannot_be_decided_everyone_hears_of(coordinator: Begin) -> None:
     actor = coordinator()
     submission = Submission.of(Owner(actor, 0).solution)
     answers = [
@@ -176,9 +192,12 @@ def test_a_thousand_workers_may_wait_at_once(local_ray: None, tmp_path: Path) ->
 class Worker:
     """A rank of a real gloo group."""
 
-    def __init__(self, rank: int, size: int, store: str) -> None:
+    def join(self, rank: int, size: int, store: str) -> None:
+        """A new group, instead of the one before."""
         import torch.distributed as dist
 
+        if dist.is_initialized():
+            dist.destroy_process_group()
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
         self.group = Group(rank, size, torch.device("cpu"))
 
@@ -211,16 +230,19 @@ def seen_by(model: SequenceModel, features_BLI: torch.Tensor) -> list[Statistics
 
 
 Groups = Callable[[int], list[Any]]
+SIZES = (1, 2, 3)
 
 
 @pytest.fixture(scope="module")
 def group_of(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Groups:
-    """All workers of a group of this size, which is started once."""
+    """All workers of a new group of this size."""
+    everyone = [Worker.remote() for _ in range(max(SIZES))]
 
-    @cache
-    def start(workers: int) -> list[Any]:
+    def start(size: int) -> list[Any]:
         store = str(tmp_path_factory.mktemp("group") / "store")
-        return [Worker.remote(rank, workers, store) for rank in range(workers)]
+        group = everyone[:size]
+        ray.get([worker.join.remote(rank, size, store) for rank, worker in enumerate(group)])
+        return group
 
     return start
 
@@ -244,7 +266,7 @@ def unstable() -> list[Statistics]:
     ids=["NaN", "unstable"],
 )
 def test_what_one_worker_sees_break_ends_the_probe_of_all(
-    group_of: Groups, broken: list[Statistics], reason: str
+    coordinator: Begin, group_of: Groups, broken: list[Statistics], reason: str
 ) -> None:
     actor = coordinator()
     sound = parts_of(selective_moments(), WORKERS)
@@ -258,8 +280,10 @@ def test_what_one_worker_sees_break_ends_the_probe_of_all(
 
 
 @pytest.mark.parametrize("score", ["hankel", "greedy"])
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_any_number_of_workers_makes_the_same_plan(group_of: Groups, workers: int, score: str) -> None:
+@pytest.mark.parametrize("workers", SIZES)
+def test_any_number_of_workers_makes_the_same_plan(
+    coordinator: Begin, group_of: Groups, workers: int, score: str
+) -> None:
     """However the sequences are shared out; a linear system is known to every worker."""
     torch.manual_seed(0)
     task, compensate = ClassificationTask(n_features=3, n_classes=4), score == "greedy"
@@ -274,8 +298,7 @@ def test_any_number_of_workers_makes_the_same_plan(group_of: Groups, workers: in
     )
     target = Target(tolerance=0.2, dim=6, allocation="global")
     everything = rule([part.d_state for part in whole], target, score=score, compensate=compensate)
-    actor = ray.remote(Coordinator).options(num_cpus=0).remote(everything, 60)
-    ray.get(actor.begin_attempt.remote(1, workers))
+    actor = coordinator(60, everything, workers)
     plans = ray.get(
         [worker.coordinate.remote(actor, parts[rank], everything) for rank, worker in enumerate(group_of(workers))]
     )

@@ -65,7 +65,7 @@ def test_a_watch_ends_with_recovery_or_with_patience(
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("patience", [0, 1])
+@pytest.mark.parametrize("patience", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_cut_that_hurts_is_taken_back(small_run: dict[str, Any], local_ray: None, patience: int) -> None:
     """The run goes on as if it had never been cut, from the same data, to the last bit."""
     small_run |= {"data": {"source": "digits"}, "model": {"kind": "lru", "n_layers": 2, "d_model": 16, "d_state": 16}}

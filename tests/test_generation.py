@@ -161,6 +161,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Pat
         "data": {"source": "digits"},
         "model": {"kind": "lru", "n_layers": 1, "d_model": 4, "d_state": 6},
         "train": {"steps": 1, "batch_size": 4, "lr": 0.01},
+        "cluster": {"workers": 2, "timeout_s": 60},  # as other tests have it, whose workers wait
         "tracking": {"mlflow": False},
     }
     train(parse_config(raw))

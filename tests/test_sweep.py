@@ -35,6 +35,7 @@ from tests.runs import (
     assert_same_state,
     end_crews,
     family,
+    lend_crews,
     losses,
     saved,
     start,
@@ -179,9 +180,12 @@ def timed_cut(tracked_run: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.cluster
 def test_a_sweep_that_was_killed_is_continued_and_equals_runs_of_their_own(
-    timed_cut: dict[str, Any], local_ray: None, capfd: pytest.CaptureFixture[str]
+    timed_cut: dict[str, Any],
+    local_ray: None,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    end_crews()
+    lend_crews(monkeypatch, "orchestrator.sweep")
     folder = Path(timed_cut["storage"]) / "small-timing"
     first = tuned(timed_cut, *OPTIONS)
     # One that Ray Tune may not have saved yet, and would propose again.
@@ -194,7 +198,9 @@ def test_a_sweep_that_was_killed_is_continued_and_equals_runs_of_their_own(
     first.communicate()
     finished = (folder / "trial-00000" / "summary.json").stat().st_mtime_ns
 
-    tune_schedules(parse_config(timed_cut), Request("timing", TRIALS, ("val_loss",), "random", "none", True, True))
+    # One at a time, beside workers that wait for runs of this process.
+    asked = Request("timing", TRIALS, ("val_loss",), "random", "none", True, True, concurrent=1)
+    tune_schedules(parse_config(timed_cut), asked)
     output = capfd.readouterr().out
     assert re.search(rf"\d of {TRIALS} trials: .*best val_loss", output)
     assert (folder / "trial-00000" / "summary.json").stat().st_mtime_ns == finished  # not trained again
@@ -214,8 +220,8 @@ def test_a_sweep_that_was_killed_is_continued_and_equals_runs_of_their_own(
 
 @pytest.mark.long
 @pytest.mark.cluster
-def test_a_sweep_that_was_interrupted_is_continued(timed_cut: dict[str, Any]) -> None:
-    """One whose points are not known beforehand: the trunk goes no further than a trial needs."""
+def test_a_sweep_that_was_interrupted_is_continued(timed_cut: dict[str, Any], local_ray: None) -> None:
+    """One whose points are not known beforehand: the trunk goes no further than a trial needs. Several at a time."""
     folder = Path(timed_cut["storage"]) / "small-timing"
     options = ["--space", "timing", "--samples", str(TRIALS), "--no-baselines"]
     first = tuned(timed_cut, *options)
@@ -226,9 +232,10 @@ def test_a_sweep_that_was_interrupted_is_continued(timed_cut: dict[str, Any]) ->
     assert errors == "rayduce: sweep small-timing stopped; the same command continues it\n"
     assert {run.data.tags["status"] for run in family(timed_cut)[1]} <= {"finished", "stopped"}
 
-    again = tuned(timed_cut, *options)
-    output, errors = again.communicate(timeout=HANGS_S)
-    assert again.returncode == 0, output + errors
+    end_crews()
+    config = parse_config(timed_cut)
+    assert room_for(config) > 1
+    tune_schedules(config, Request("timing", TRIALS, ("val_loss",), "tpe", "none", True, False))
     found = outcomes(folder)
     assert [trial.status for trial in found] == ["finished"] * TRIALS
     assert max(losses(folder / "trunk")) == max(trial.trunk_step for trial in found)
@@ -277,7 +284,7 @@ def request(path: Path, *objectives: str, pruning: Pruning = "none") -> Request:
 @pytest.mark.parametrize(
     ("pruning", "factors"),
     [
-        ("asha", (1.0, 300.0, 1.5)),
+        ("asha", (1.0, 300.0, 1.5, 1e30)),
         pytest.param("median", (1.0, 0.5, 1.5, 300.0), marks=pytest.mark.long),  # which is of three trials at least
     ],
 )
@@ -290,6 +297,11 @@ def test_a_worse_trial_is_pruned_and_the_next_one_has_its_workers(
     summary = tune_schedules(config, request(path, "val_loss", pruning=pruning))
     folder = Path(one_at_a_time["storage"]) / "small-pace"
     found = {trial.point["factor"]: trial for trial in outcomes(folder)}
+    children = {run.data.tags["trial"]: run for run in family(one_at_a_time)[1]}
+    if diverged := found.pop(1e30, None):
+        assert (diverged.status, "loss" in str(diverged.error)) == ("failed", True)
+        run = children[diverged.trial]
+        assert (run.data.tags["status"], run.info.status) == ("failed", "FAILED")
     bad = found.pop(300.0)
     assert (bad.status, bad.error) == ("pruned", None)
     assert 4 <= bad.last_step < 16
@@ -298,11 +310,21 @@ def test_a_worse_trial_is_pruned_and_the_next_one_has_its_workers(
     assert [trial.last_step for trial in finished] == [16] * len(finished)
     assert summary["steps_trained"] < summary["steps_naive"]
     assert max(losses(folder / "trunk")) == max(trial.trunk_step for trial in outcomes(folder)) > 0
-    [run] = [run for run in family(one_at_a_time)[1] if run.data.tags["trial"] == bad.trial]
-    assert run.data.tags["status"] == "pruned"
-    assert run.info.status != "RUNNING"
+    assert children[bad.trial].data.tags["status"] == "pruned"
+    assert children[bad.trial].info.status != "RUNNING"
 
 
+@pytest.mark.cluster
+def test_more_trials_at_a_time_than_there_is_room_for_are_refused(
+    small_run: dict[str, Any], local_ray: None, tmp_path: Path
+) -> None:
+    path = tmp_path / "pace.py"
+    path.write_text(SPACE.format(knob="factor", values=(1.0, 0.5), key="truncation.lr_factor"))
+    with pytest.raises(UserError, match="--concurrent 5 must be at most 3"):
+        tune_schedules(parse_config(small_run), replace(request(path, "val_loss"), concurrent=5))
+
+
+@pytest.mark.long
 @pytest.mark.cluster
 def test_several_objectives_and_a_trial_that_fails(one_at_a_time: dict[str, Any], tmp_path: Path) -> None:
     """The third diverges: it is recorded with its error, and the others have what they need. Nothing is shared."""
@@ -310,8 +332,6 @@ def test_several_objectives_and_a_trial_that_fails(one_at_a_time: dict[str, Any]
     path.write_text(SPACE.format(knob="factor", values=(1.0, 0.5, 1e30), key="truncation.lr_factor"))
     asked = replace(request(path, "val_loss", "states"), share=False)
     assert room_for(parse_config(one_at_a_time)) == 1
-    with pytest.raises(UserError, match="--concurrent 5 must be at most 1"):
-        tune_schedules(parse_config(one_at_a_time), replace(asked, concurrent=5))
     summary = tune_schedules(parse_config(one_at_a_time), asked)
     folder = Path(one_at_a_time["storage"]) / "small-far"
     found = {trial.point["factor"]: trial for trial in outcomes(folder)}
@@ -347,10 +367,9 @@ def _check_results(folder: Path, found: Sequence[Outcome], output: str) -> None:
     assert [row["at"] for row in rows] == [trial.point["at"] for trial in found]
     assert all(0.05 <= row["at"] <= 0.4 for row in rows)
     assert [row["trial"] for row in rows if row["front_train_seconds"]] == sorted(summary["front"])
-    # One trunk and the remainders, but for what lies between a checkpoint of the trunk and a first cut.
-    bound = max(trial.first_cut or 0 for trial in found) + sum(24 - (trial.first_cut or 0) for trial in found)
-    assert summary["steps_trained"] <= bound + TRIALS - 1
-    assert bound + TRIALS - 1 < 24 * TRIALS
+    # One trunk, and the remainders from the steps of the first cuts on.
+    starts = [(trial.first_cut or 0) - 1 for trial in found]
+    assert summary["steps_trained"] == max(starts) + sum(24 - start for start in starts) < 24 * TRIALS
     assert load_config(folder / "best.yaml").probe_steps == (best.first_cut,)
     assert set(summary["baselines"]) == {"full size", "4 x 2 layers from scratch"}
     # Both fronts and the one knob, which has no share in anything.
@@ -368,7 +387,8 @@ def _check_mlflow(raw: dict[str, Any], folder: Path) -> None:
     assert parent.data.tags["mlflow.runName"] == folder.name
     assert _artifacts(client, parent) >= {"best.yaml", "report.html", "trials.parquet", "figures"}
     children = {run.data.tags["trial"]: run for run in found}
-    assert set(children) == {"trunk", "scratch-4-4", *(f"trial-{number:05d}" for number in range(TRIALS))}
+    best = json.loads((folder / "sweep.json").read_text())["best"]["trial"]
+    assert set(children) == {"trunk", f"scratch-of-{best}", *(f"trial-{number:05d}" for number in range(TRIALS))}
     for name, run in children.items():
         assert run.info.status == "FINISHED"
         assert run.data.tags["status"] == "finished"

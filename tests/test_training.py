@@ -33,6 +33,7 @@ from orchestrator.errors import TrainingError, UserError
 from orchestrator.mlflow_tracker import MLFLOW_RUN
 from orchestrator.run_folder import read_metrics
 from orchestrator.storage import checkpoints_of
+from tests.conftest import CPUS
 from tests.errors import relative_error
 from tests.runs import HANGS_S, losses, plans, saved, train
 
@@ -308,9 +309,9 @@ def test_the_run_outlives_its_mlflow_server(
 
 
 def test_more_workers_than_cores_are_refused(small_run: dict[str, Any], local_ray: None) -> None:
-    small_run["train"]["batch_size"] = 5
-    small_run["cluster"] = {"workers": 5}
-    with pytest.raises(UserError, match=r"cluster\.workers 5 need 5 CPUs \(1 each\), but the cluster has 4"):
+    small_run["train"]["batch_size"] = CPUS + 1
+    small_run["cluster"] = {"workers": CPUS + 1}
+    with pytest.raises(UserError, match=r"cluster\.workers 7 need 7 CPUs \(1 each\), but the cluster has 6"):
         launch.train(parse_config(small_run))
     small_run["cluster"] = {"workers": 1, "use_gpu": True}
     with pytest.raises(UserError, match=r"cluster\.workers 1 need 1 GPUs \(1 each\), but the cluster has 0"):
@@ -331,6 +332,7 @@ def test_statistics_that_are_no_numbers_end_the_run_in_one_sentence(small_run: d
     """The first step's own loss is still a number; the weights that it leaves are too large for the scans."""
     small_run["train"] |= {"lr": 1e15, "warmup": 0}
     small_run["truncation"]["steps"] = [1]
+    small_run["cluster"]["workers"] = 1
     sentence = (
         r"training failed after step 1: ValueError: layer \d at step 1: the state statistics hold NaN or infinity"
     )
@@ -340,6 +342,7 @@ def test_statistics_that_are_no_numbers_end_the_run_in_one_sentence(small_run: d
     assert (Path(small_run["storage"]) / "small" / "attempt").read_text() == "1\n"
 
 
+@pytest.mark.long  # workers that fail are started again for the next test
 def test_a_held_out_loss_that_is_no_number_ends_the_run_in_one_sentence(
     small_run: dict[str, Any], local_ray: None
 ) -> None:

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from models.heads import SequenceModel
 from models.registry import ClassificationTask, build_model
 from orchestrator.config import RunConfig, parse_config
 from orchestrator.data.batches import Batch
-from orchestrator.group import Group
+from orchestrator.group import Group, limit_waiting
 from orchestrator.objective import Objective
 from tests.conftest import Pair
 from tests.errors import relative_error
@@ -392,3 +393,17 @@ def test_a_build_that_was_killed_holds_nobody_up() -> None:
     command, environment = [sys.executable, "-c", LEFT_BEHIND], os.environ | {"DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGS_S, check=False)
     assert done.stdout.endswith("False\n"), done.stderr
+
+
+def _write_slowly(rank: int) -> int:
+    """A write on one rank that lasts longer than any rank waits in a collective."""
+    limit_waiting(1)
+    group = Group(rank, 2, torch.device("cpu"))
+    try:
+        return group.together(lambda: time.sleep(3 * rank) or rank)  # type: ignore[func-returns-value]
+    finally:
+        limit_waiting(1800)
+
+
+def test_workers_wait_for_a_write_longer_than_for_each_other(pair: Pair) -> None:
+    assert pair(_write_slowly) == [0, 1]

@@ -126,6 +126,14 @@ def disturbed(raw: dict[str, Any], strikes: Iterable[Strike], seconds: list[floa
     return Outcome(driver.returncode, "".join([*outputs, output]), errors, first)
 
 
+def finished(raw: dict[str, Any]) -> Path:
+    """The folder of a run that nothing disturbs."""
+    driver = start(raw)
+    output, errors = driver.communicate(timeout=HANGS_S)
+    assert driver.returncode == 0, output + errors
+    return Path(raw["storage"]) / raw["name"]
+
+
 def began(attempts: Path, before: str, driver: subprocess.Popen[str]) -> bool:
     """Whether another group of workers has begun than in attempt `before`, or the driver has ended."""
     return attempts.read_text() != before or driver.poll() is not None

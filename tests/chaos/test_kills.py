@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 
 from tests.chaos.conftest import Told
-from tests.chaos.harness import POINTS, Strike, actors_alive, disturbed, shared_cluster
+from tests.chaos.harness import POINTS, Strike, actors_alive, disturbed, finished, shared_cluster
 from tests.conftest import small_run as small_run_fixture
 from tests.runs import (
-    HANGS_S,
     assert_ended_like,
     assert_same_state,
     line_with,
@@ -52,14 +51,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Calla
         return finished(raw)
 
     return run
-
-
-def finished(raw: dict[str, Any]) -> Path:
-    """The folder of a run that nothing disturbs."""
-    driver = start(raw)
-    output, errors = driver.communicate(timeout=HANGS_S)
-    assert driver.returncode == 0, output + errors
-    return Path(raw["storage"]) / raw["name"]
 
 
 @pytest.fixture
