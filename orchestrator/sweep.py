@@ -35,7 +35,8 @@ from orchestrator.errors import Interrupted, TrainingError, UserError
 from orchestrator.launch import Lent
 from orchestrator.mlflow_tracker import MLFLOW_RUN, Nesting, mlflow_command, mlflow_tracker
 from orchestrator.ray_cluster import HERE, cluster_address, ray_cluster, workers_that_fit
-from orchestrator.run_folder import Json, write_whole
+from orchestrator.report import write_report
+from orchestrator.run_folder import Json, metrics_so_far, write_whole
 from orchestrator.signals import stop_request
 from orchestrator.space import Point, Space, load_space, optuna_space
 from orchestrator.storage import hold_folder
@@ -295,24 +296,31 @@ def _ended(trial: tune.experiment.Trial) -> bool:
 
 
 def _conclude_rest(sweep: Sweep, trials: Sequence[tune.experiment.Trial], terminal: Terminal) -> None:
-    """Leave in the folders of trials whose process had no time to do so how they have ended, and tell MLflow.
+    """Leave in the folders of trials whose process had no time to do so how they have ended.
 
-    Ray Tune gives one that it stops ten seconds, and one may die with its node.
+    Ray Tune gives one that it stops ten seconds, and one may die with its node. Trials that did not come to their end
+    get their pages and figures here, and MLflow is told.
     """
     known = {trial.trial_id: trial for trial in trials}
     for folder, trial_id in left_open(sweep.base.storage):
-        trial = known.get(trial_id)
         pruned = status_of(folder)[0] == "pruned"
-        if pruned:
-            conclude(folder, "stopped")
-        else:
-            words: str | None = trial.get_error() if trial is not None else None
-            conclude(folder, "failed", words.strip().splitlines()[-1] if words else "its process was killed")
+        if not (folder / OUTCOME).exists():
+            status, reason = ("stopped", None) if pruned else ("failed", _last_words(known.get(trial_id)))
+            conclude(folder, status, reason)
+        drawn = [write_report(folder), *sorted((folder / "figures").glob("*.png"))] if metrics_so_far(folder) else []
         if (folder / MLFLOW_RUN).exists():
             nesting = Nesting(sweep.parent_run_id, {"trial": folder.name}, folder / PRUNED)
             tracker = mlflow_tracker(load_config(folder / "config.yaml"), folder, terminal.line, nesting)
             if tracker is not None:
+                for path in drawn:
+                    tracker.artifact(path, "figures" if path.suffix == ".png" else "")
                 tracker.close("KILLED" if pruned else "FAILED")
+
+
+def _last_words(trial: tune.experiment.Trial | None) -> str:
+    """Why a trial has failed, as far as Ray Tune knows."""
+    error: str | None = trial.get_error() if trial is not None else None
+    return error.strip().splitlines()[-1] if error else "its process was killed"
 
 
 @contextmanager

@@ -82,8 +82,13 @@ def statuses(folder: Path) -> list[str]:
 
 
 def left_open(folder: Path) -> list[tuple[Path, str]]:
-    """Folder and Ray Tune's id of every trial whose process has not said how it ended."""
-    return [(trial, _begun(trial)["trial_id"]) for trial in _trials(folder) if not (trial / OUTCOME).exists()]
+    """Folder and Ray Tune's id of every trial whose process has not said how it ended, or has not drawn its page."""
+    ended = (OUTCOME, "report.html")
+    return [
+        (trial, _begun(trial)["trial_id"])
+        for trial in _trials(folder)
+        if not all((trial / name).exists() for name in ended)
+    ]
 
 
 def measurements(trial: Path, objective: str) -> list[Json]:

@@ -312,6 +312,8 @@ def test_a_worse_trial_is_pruned_and_the_next_one_has_its_workers(
     assert max(losses(folder / "trunk")) == max(trial.trunk_step for trial in outcomes(folder)) > 0
     assert children[bad.trial].data.tags["status"] == "pruned"
     assert children[bad.trial].info.status != "RUNNING"
+    client = mlflow.MlflowClient(one_at_a_time["tracking"]["mlflow_uri"])
+    assert _artifacts(client, children[bad.trial]) >= {"plans", "figures", "report.html"}
 
 
 @pytest.mark.cluster
