@@ -64,9 +64,9 @@ class MlflowTracker:
     ) -> None:
         """`memory` is a file that keeps the MLflow run's id, so that a resumed run continues the same one.
 
-        `artifacts` is where files go when `uri` is a database. `history` is what the run has
-        measured before, a row a step: MLflow is told what it does not know, all where a run begins with another's
-        checkpoint, and the end after a kill.
+        `artifacts` is where files go when `uri` is a database. `history` is what the run has measured before, a row a
+        step, of which MLflow is told what it does not know: all where a run begins with another's checkpoint, and the
+        end after a kill.
         """
         self.uri = uri
         self._run_id: str | None = None

@@ -82,13 +82,8 @@ def statuses(folder: Path) -> list[str]:
 
 
 def left_open(folder: Path) -> list[tuple[Path, str]]:
-    """Folder and Ray Tune's id of every trial whose process has not said how it ended, or has not drawn its page."""
-    ended = (OUTCOME, "report.html")
-    return [
-        (trial, _begun(trial)["trial_id"])
-        for trial in _trials(folder)
-        if not all((trial / name).exists() for name in ended)
-    ]
+    """Folder and Ray Tune's id of every trial whose process has not said how it ended, or that ended without a page."""
+    return [(trial, _begun(trial)["trial_id"]) for trial in _trials(folder) if _is_open(trial)]
 
 
 def measurements(trial: Path, objective: str) -> list[Json]:
@@ -221,6 +216,11 @@ def _of_equal_columns(rows: Sequence[Json]) -> list[Json]:
 
 def _trials(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("trial-*") if (path / POINT).exists())
+
+
+def _is_open(trial: Path) -> bool:
+    early = status_of(trial)[0] in ("pruned", "failed")
+    return not (trial / OUTCOME).exists() or (early and not (trial / "report.html").exists())
 
 
 def _has_ended(trial: Path) -> bool:
