@@ -2,6 +2,7 @@
 
     python -m benchmarks.evidence run scores [--only "text, mamba"]    train what is not in the results yet
     python -m benchmarks.evidence table scores                      the means over all seeds
+    python -m benchmarks.evidence table comparison_digits_400       the same of what `rayduce compare` has left
 
 Everything a run does is what `rayduce train` does: the same engine, data, statistics, plans and reshapes, in one
 process without Ray. Variants that differ only from some step on share everything before it: one trunk is trained, and
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
@@ -114,7 +116,7 @@ STUDIES: dict[str, dict[tuple[str, str], list[Variant]]] = {
 def main(command: str, study: str, *options: str) -> None:
     path = RESULTS / f"{study}.jsonl"
     if command == "table":
-        print(table(study, _read(path)))
+        print(table(study, _read(path)) if study in STUDIES else compared(RESULTS / f"{study}.parquet"))
         return
     only = options[1] if options else ""
     done = {(row["task"], row["model"], row["seed"], row["variant"]) for row in _read(path)}
@@ -175,6 +177,14 @@ def table(study: str, rows: list[Json]) -> str:
                 cells = [_mean(own, column) for column in columns]
                 lines.append(f"| {variant.name} | " + " | ".join(cells) + f" | {len(own)} |")
     return "\n".join(lines)
+
+
+def compared(path: Path) -> str:
+    """The table of a comparison, from its rows."""
+    from orchestrator.comparison import METHODS
+    from orchestrator.comparison_report import Row, markdown
+
+    return markdown([Row(**row) for row in pq.read_table(path).to_pylist()], METHODS)
 
 
 COLUMNS = {
