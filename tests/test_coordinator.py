@@ -56,7 +56,7 @@ class AnyRuns(Coordinator):
     """A coordinator of one run after another, as a crew's is: an actor takes seconds to start."""
 
     async def begin(self, rule: Rule, timeout_s: float, workers: int) -> None:
-        self._begin_run(rule, timeout_s, failures_left=0)
+        self._begin_run(rule, timeout_s, max_failures=0)
         await self.begin_attempt(1, workers)
 
 
