@@ -29,7 +29,7 @@ from orchestrator.signals import StopRequest, stop_request
 from orchestrator.storage import earlier_start, finished, run_folder, start_over
 from orchestrator.summary import describe_summary, write_summary
 from orchestrator.terminal import Terminal, chatter_to, duration
-from orchestrator.tracking import RunTracker, Tracker, tracking
+from orchestrator.tracking import RunTracker, Tracker, hand_over, tracking
 from orchestrator.versions import deepspeed_version
 
 # Says of a finished run that its page is drawn and its trackers have everything.
@@ -73,7 +73,8 @@ def train(config: RunConfig, lent: Lent | None = None) -> dict[str, Any]:
         if (summary := finished(config, folder)) is not None:
             if not (folder / REPORTED).exists():  # the driver was killed in between
                 with tracking(config, folder, print, *belongs) as tracker:
-                    _report(folder, tracker)
+                    write_report(folder)
+                    hand_over(folder, tracker)
                 (folder / REPORTED).touch()
             print(f"run {config.name} is finished: {folder / 'summary.json'}; another name= starts a new run")
             return summary
@@ -134,17 +135,9 @@ def _run(job: Job, crew: Crew, tracker: RunTracker, terminal: Terminal, stop: St
         return {}
     truncations = [cut.as_dict() for cut in follower.cuts]
     summary = write_summary(config, folder, truncations, tracker.mlflow_run_id, follower.checkpoint)
-    _report(folder, tracker)
+    write_report(folder)
+    hand_over(folder, tracker)
     return summary
-
-
-def _report(folder: Path, tracker: RunTracker) -> None:
-    """Draw and hand over what a finished run leaves to look at."""
-    report = write_report(folder)
-    for path in sorted((folder / "figures").iterdir()):
-        tracker.artifact(path, "figures")
-    for path in (folder / "config.yaml", folder / "summary.json", report):
-        tracker.artifact(path)
 
 
 def _check_data(config: RunConfig, data: Path, earlier: Manifest | None) -> None:

@@ -53,6 +53,7 @@ from orchestrator.sweep_report import (
     write_sweep_report,
 )
 from orchestrator.terminal import Terminal, chatter_to, dims, duration
+from orchestrator.tracking import hand_over
 from orchestrator.trial import (
     AGAIN,
     OBJECTIVES,
@@ -307,13 +308,13 @@ def _conclude_rest(sweep: Sweep, trials: Sequence[tune.experiment.Trial], termin
         if not (folder / OUTCOME).exists():
             status, reason = ("stopped", None) if pruned else ("failed", _last_words(known.get(trial_id)))
             conclude(folder, status, reason)
-        drawn = [write_report(folder), *sorted((folder / "figures").glob("*.png"))] if metrics_so_far(folder) else []
+        if metrics_so_far(folder):
+            write_report(folder)
         if (folder / MLFLOW_RUN).exists():
             nesting = Nesting(sweep.parent_run_id, {"trial": folder.name}, folder / PRUNED)
             tracker = mlflow_tracker(load_config(folder / "config.yaml"), folder, terminal.line, nesting)
             if tracker is not None:
-                for path in drawn:
-                    tracker.artifact(path, "figures" if path.suffix == ".png" else "")
+                hand_over(folder, tracker)
                 tracker.close("KILLED" if pruned else "FAILED")
 
 

@@ -109,6 +109,19 @@ def tracking(
         yield tracker
 
 
+def hand_over(folder: Path, tracker: Tracker) -> None:
+    """Give a tracker the files of a run that has ended.
+
+    Its plans once more: of those of a driver that was killed MLflow may not have been told.
+    """
+    for part in ("plans", "figures"):
+        for path in sorted((folder / part).glob("*")):
+            tracker.artifact(path, part)
+    for name in ("config.yaml", "summary.json", "report.html"):
+        if (folder / name).exists():
+            tracker.artifact(folder / name)
+
+
 @contextmanager
 def closing(tracker: Tracker) -> Iterator[None]:
     """Close a tracker with how the block ends."""

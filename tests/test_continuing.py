@@ -200,8 +200,10 @@ def test_a_finished_run_is_not_trained_again(finished: Finished, capfd: pytest.C
     client = MlflowClient(config.tracking.mlflow_uri)
     run_id = json.loads((folder / "summary.json").read_text())["mlflow_run_id"]
     client.update_run(run_id, status="RUNNING")
+    shutil.rmtree(client.get_run(run_id).info.artifact_uri.removeprefix("file://"))
     train(config)
     assert (folder / "report.html").exists()
+    assert {item.path for item in client.list_artifacts(run_id)} >= {"plans", "figures", "report.html"}
     assert client.get_run(run_id).info.status == "FINISHED"
 
 
