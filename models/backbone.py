@@ -7,28 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.dropout import RowDropout
 from models.layer import State, TruncatableLayer
 
 
 class Block(nn.Module):
     """x + mixer(norm(x)), as in state-spaces/mamba."""
 
-    dropout = 0.0
-    """Share of the mixer's output that training drops."""
-
     def __init__(self, mixer: TruncatableLayer, norm: nn.Module) -> None:
         super().__init__()
         self.norm = norm
         self.mixer = mixer
+        self.dropout = RowDropout()
 
     def forward(self, x_BLM: Tensor) -> Tensor:
-        out_BLM: Tensor = self.mixer(self.norm(x_BLM))
-        if self.dropout > 0:
-            out_BLM = F.dropout(out_BLM, self.dropout, self.training)
+        out_BLM: Tensor = self.dropout(self.mixer(self.norm(x_BLM)))
         return x_BLM + out_BLM
 
     def step(self, x_BM: Tensor, state: State) -> tuple[Tensor, State]:
@@ -57,6 +53,11 @@ class Backbone(nn.Module):
                 x_BLM = block(x_BLM)
         out_BLM: Tensor = self.norm_f(x_BLM)
         return out_BLM
+
+    def seed_dropout(self, key: tuple[int, ...], first: int) -> None:
+        """What the next rows drop: those of the global batch from place `first` on, of the step that `key` names."""
+        for layer, block in enumerate(self.blocks()):
+            block.dropout.key, block.dropout.first = (*key, layer), first
 
     def initial_state(self, batch: int) -> list[State]:
         return [mixer.initial_state(batch) for mixer in self.mixers()]

@@ -23,6 +23,9 @@ PADDING = 0
 class SequenceModel(nn.Module):
     """A backbone with a head: forward gives the logits, `loss` the mean cross-entropy in nats."""
 
+    sequences = 1
+    """Rows of the backbone's batch for each example."""
+
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.backbone = backbone
@@ -38,6 +41,10 @@ class SequenceModel(nn.Module):
     @property
     def state_dims(self) -> list[int]:
         return [mixer.d_state for mixer in self.mixers()]
+
+    def seed_dropout(self, key: tuple[int, ...], first: int) -> None:
+        """What the next examples drop: those of the global batch from place `first` on, of the step `key` names."""
+        self.backbone.seed_dropout(key, self.sequences * first)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean over everything that is asked, float32; `targets` int64, one per row of the logits, or NOT_ASKED.
@@ -134,6 +141,8 @@ class PairClassifier(DocumentModel):
     Both are encoded alike; their encodings, product and difference go through two hidden layers, as in the retrieval
     task of Long Range Arena (arXiv 2011.04006, `classifier_head_dual` of its code).
     """
+
+    sequences = 2
 
     def __init__(self, vocab_size: int, n_classes: int, d_model: int, mixers: Sequence[TruncatableLayer]) -> None:
         super().__init__(vocab_size, d_model, mixers)

@@ -81,7 +81,7 @@ def build_model(
             place(mixers[-1])
     model = _with_head(task, config.d_model, mixers)
     for block in model.backbone.blocks():
-        block.dropout = config.dropout
+        block.dropout.share = config.dropout
     return model
 
 

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import deepspeed
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -55,9 +54,6 @@ class Engine:
 
         Returns their share in the loss, detached: the mean over the workers is the mean over the global batch.
         """
-        if self._config.model.dropout > 0:
-            # It follows from seed, step and worker: a run that continues drops what it would have dropped.
-            torch.manual_seed(_seed_of(self._config.seed, step, self._group.rank))
         lr = self._config.train.learning_rate(step) * pace.lr
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
@@ -65,6 +61,7 @@ class Engine:
         for number, part in enumerate(batch.to(self._group.device).split(train.accumulation)):
             # DeepSpeed takes the mean over parts and workers, which may have a row more or less than others.
             weight = len(part.targets) * train.accumulation * self._group.size / (train.batch_size * pace.batch)
+            self._model.seed_dropout((self._config.seed, step), part.first)
             logits = self._engine(part.inputs)
             loss = self._objective.loss(self._model, logits, part.inputs, part.targets) * weight
             # Once a step: DeepSpeed takes the mean over parts, and over workers, where it is the same.
@@ -237,11 +234,6 @@ class Engine:
 
         groups = parameter_groups(self._model, layers)
         return self._state.read(groups, shrink, self._group)
-
-
-def _seed_of(*numbers: int) -> int:
-    """A seed that is another one for every other sequence of numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def _optimizer_groups(model: SequenceModel, train: TrainConfig) -> list[dict[str, Any]]:

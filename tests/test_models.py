@@ -22,7 +22,7 @@ from models.heads import Classifier, LanguageModel
 from models.layer import TruncatableLayer
 from models.lru import LRU, LRUConfig
 from models.mamba import Mamba, MambaConfig
-from models.registry import ClassificationTask, LanguageTask, build_model
+from models.registry import ClassificationTask, LanguageTask, PairClassificationTask, build_model
 from models.scan import reference, selective_torch
 from tests.errors import relative_error
 from tests.plans import cut_of, plan_of
@@ -208,6 +208,27 @@ def test_training_drops_a_share_of_what_a_block_adds() -> None:
     assert float(kept_BLM.float().mean()) == pytest.approx(0.75, abs=0.02)
     torch.testing.assert_close(added_BLM[kept_BLM], whole_BLM[kept_BLM] / 0.75, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(block.eval()(x_BLM), x_BLM + whole_BLM)
+
+
+@pytest.mark.parametrize("task", [ClassificationTask(1, 2), PairClassificationTask(12, 2)], ids=["whole", "pairs"])
+def test_what_a_row_drops_follows_from_its_place(task: ClassificationTask | PairClassificationTask) -> None:
+    """Whoever computes it, and with whatever others; another step, layer or row drops something else."""
+    config = MambaConfig(kind="mamba", n_layers=2, d_model=8, d_state=4, dropout=0.5)
+    model = build_model(config, task, [4, 4])
+    inputs = torch.ones(6, 20, 1) if isinstance(task, ClassificationTask) else torch.ones(6, 2, 20, dtype=torch.int64)
+
+    def answers(step: int, rows: slice) -> Tensor:
+        model.seed_dropout((7, step), rows.start)
+        found: Tensor = model(inputs[rows])
+        return found
+
+    whole = answers(1, slice(0, 6))
+    torch.testing.assert_close(torch.cat([answers(1, slice(0, 4)), answers(1, slice(4, 6))]), whole)
+    assert len(whole.unique(dim=0)) == 6
+    assert not torch.isclose(answers(2, slice(0, 6)), whole).any()
+    blocks = model.backbone.blocks()
+    x_BLM = torch.ones(6, 20, 8)
+    assert not torch.equal(blocks[0].dropout(x_BLM), blocks[1].dropout(x_BLM))
 
 
 def with_gradients(layer: TruncatableLayer, x_BLM: Tensor) -> dict[str, ParameterState]:

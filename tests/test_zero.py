@@ -40,6 +40,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mamba2": {"kind": "mamba2", "n_layers": 2, "d_model": 9, "headdim": 6, "d_state": 16},
     "rotated": {"kind": "mamba2", "n_layers": 2, "d_model": 9, "headdim": 6, "d_state": 16, "basis": "rotated"},
     "lru": {"kind": "lru", "n_layers": 2, "d_model": 9, "d_state": 16, "r_min": 0.3, "r_max": 0.9},
+    "dropping": {"kind": "mamba", "n_layers": 2, "d_model": 9, "d_state": 16, "dropout": 0.2},
 }
 Moments = dict[str, tuple[torch.Tensor, ...]]
 
@@ -141,6 +142,7 @@ def reference(config: RunConfig, plans: list[str]) -> tuple[list[float], Moments
                 "exp_avg_sq": state.exp_avg_sq,
             }
         batch = batch_at(step)
+        model.seed_dropout((config.seed, step), batch.first)
         loss = model.loss(model(batch.inputs), batch.targets)
         (loss + objective.penalty(model)).backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip)
@@ -153,6 +155,7 @@ def reference(config: RunConfig, plans: list[str]) -> tuple[list[float], Moments
             for name, parameter in model.named_parameters()
         }
         if step in cuts:
+            model.eval()
             losses.append(float(model.loss(model(held_out(0).inputs), held_out(0).targets)))
             states = shrunk(model, cuts[step], states)
             model = build_model(config.model, TASK, cuts[step].dims_after)
@@ -174,6 +177,7 @@ CASES = [
     *(case("accumulating and recomputing", "mamba", stage, PARTS) for stage in (0, 1, 2, 3)),
     *(case(model, model, 3) for model in MODELS if model != "mamba"),
     case("penalised", "lru", 2, PENALTY),
+    case("dropping, in parts", "dropping", 1, PARTS),
 ]
 
 

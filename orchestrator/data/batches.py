@@ -9,7 +9,7 @@ Shapes: B rows of this worker, L time, I features, 2 documents of a pair.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,19 @@ class Batch:
 
     inputs: Tensor
     targets: Tensor
+    first: int = 0
+    """Place of the first row in the global batch, where the others follow it."""
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.inputs.to(device), self.targets.to(device))
+        return replace(self, inputs=self.inputs.to(device), targets=self.targets.to(device))
 
     def split(self, parts: int) -> list[Batch]:
         """So many parts, in order, of sizes that differ by one at most."""
-        parted = zip(self.inputs.tensor_split(parts), self.targets.tensor_split(parts), strict=True)
-        return [Batch(*part) for part in parted]
+        found, first = [], self.first
+        for part in zip(self.inputs.tensor_split(parts), self.targets.tensor_split(parts), strict=True):
+            found.append(Batch(*part, first))
+            first += len(part[1])
+        return found
 
     def unasked(self) -> Batch:
         """The same inputs, of which nothing counts."""
@@ -174,7 +179,7 @@ class TrainBatches:
         positions = (step - 1) * size + np.arange(size)
         epochs, places = np.divmod(positions, self._data.length)
         rows = np.array([self._order(int(e))[p] for e, p in zip(epochs, places, strict=True)])
-        return self._data.take(rows, slice(first, last))
+        return replace(self._data.take(rows, slice(first, last)), first=first)
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         if epoch not in self._orders:
