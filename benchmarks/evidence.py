@@ -1,8 +1,11 @@
 """What scores, timing and the way of Adam's moments are worth: many short trainings of small models, seed by seed.
 
     python -m benchmarks.evidence run scores [--only "text, mamba"]    train what is not in the results yet
-    python -m benchmarks.evidence table scores                      the means over all seeds
-    python -m benchmarks.evidence table comparison_digits_400       the same of what `rayduce compare` has left
+    python -m benchmarks.evidence table scores                         the means over all seeds
+    python -m benchmarks.evidence gather comparison_digits_400 runs/digits_lru-compare    keep rows of `rayduce compare`
+    python -m benchmarks.evidence table comparison_digits_400          the means of those
+
+`gather` takes several folders, and puts together seeds that were trained in different places.
 
 Everything a run does is what `rayduce train` does: the same engine, data, statistics, plans and reshapes, in one
 process without Ray. Variants that differ only from some step on share everything before it: one trunk is trained, and
@@ -17,13 +20,16 @@ import os
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
+
+from orchestrator.collection import write_rows
+from orchestrator.comparison_report import Row, markdown, read_comparison, together
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -115,6 +121,9 @@ STUDIES: dict[str, dict[tuple[str, str], list[Variant]]] = {
 
 def main(command: str, study: str, *options: str) -> None:
     path = RESULTS / f"{study}.jsonl"
+    if command == "gather":
+        gather(RESULTS / f"{study}.parquet", [Path(folder) for folder in options])
+        return
     if command == "table":
         print(table(study, _read(path)) if study in STUDIES else compared(RESULTS / f"{study}.parquet"))
         return
@@ -179,10 +188,19 @@ def table(study: str, rows: list[Json]) -> str:
     return "\n".join(lines)
 
 
+def gather(path: Path, folders: list[Path]) -> None:
+    """Write the rows that comparisons have left in their folders; of a run that is in several, the last folder's."""
+    rows: list[Row] = []
+    for folder in folders:
+        found = read_comparison(folder)
+        assert found, f"{folder} holds no comparison"
+        rows = together(rows, found)
+    write_rows(path, [asdict(row) for row in rows])
+
+
 def compared(path: Path) -> str:
     """The table of a comparison, from its rows."""
     from orchestrator.comparison import METHODS
-    from orchestrator.comparison_report import Row, markdown
 
     return markdown([Row(**row) for row in pq.read_table(path).to_pylist()], METHODS)
 
