@@ -214,11 +214,16 @@ def generate(run: str, prompt: str, tokens: int, temperature: float, top_k: int 
 @click.argument("run", type=click.Path(path_type=Path))
 @_told_plainly
 def report(run: Path) -> None:
-    """Draw the figures and the HTML page of the run or sweep in folder RUN again.
+    """Draw the figures and the page of the run, sweep or comparison in folder RUN again.
 
     Everything comes from its own files, so this works while a run trains and after it was killed; a sweep has to
-    have ended. The page, RUN/report.html, needs no other file and no network.
+    have ended. The page, RUN/report.html, needs no other file and no network; a comparison has RUN/comparison.md.
     """
+    if (run / "comparison.parquet").exists():
+        from orchestrator.comparison import render as render_comparison
+
+        print(render_comparison(run))
+        return
     if (run / "sweep.json").exists():
         from orchestrator.sweep_report import render
 

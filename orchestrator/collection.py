@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from orchestrator.config import RunConfig, flatten, parse_config
+from orchestrator.config import RunConfig, changes, differences
 from orchestrator.errors import UserError
 from orchestrator.filesystem import inside
 from orchestrator.mlflow_tracker import MlflowTracker, mlflow_tracker, mlflow_uri
@@ -30,28 +30,26 @@ def below(config: RunConfig, folder: Path) -> RunConfig:
     return config.model_copy(update={"storage": folder, "tracking": tracking, "checkpoints": checkpoints})
 
 
-def refuse_another_request(folder: Path, asked: dict[str, Any]) -> None:
-    """Whether this, plain values with a `config`, is what was begun with in `folder`, if anything.
+def refuse_another_request(folder: Path, config: RunConfig, request: Mapping[str, Any]) -> None:
+    """Whether this is what was begun with in `folder`, if anything, but for what runs too may continue with.
 
     Raises:
         UserError: something else was asked for before; names what differs.
     """
     path = folder / REQUEST
-    asked = json.loads(json.dumps(asked))
     if path.exists():
         before = json.loads(path.read_text())
-        before["config"] = parse_config(before["config"]).model_dump(mode="json")  # settings that are new have defaults
-        now, then = dict(flatten(asked)), dict(flatten(before))
-        changed = [key for key in sorted(now.keys() | then.keys()) if now.get(key) != then.get(key)]
+        asked = json.loads(json.dumps(request))
+        changed = differences(config, before["config"]) + [words for _, words in changes(asked, before["request"])]
         if changed:
-            words = ", ".join(
-                f"{key.partition('.')[2]} (was {then.get(key)!r}, is {now.get(key)!r})" for key in changed
+            raise UserError(
+                f"{folder} cannot continue with another value of {', '.join(changed)}; another name= starts a new one"
             )
-            raise UserError(f"{folder} cannot continue with another value of {words}; another name= starts a new one")
 
 
-def remember_request(folder: Path, asked: dict[str, Any]) -> None:
+def remember_request(folder: Path, config: RunConfig, request: Mapping[str, Any]) -> None:
     """Keep what was asked for; not before all that a person can have got wrong has been found, and can be corrected."""
+    asked = {"config": config.model_dump(mode="json"), "request": request}
     write_whole(folder / REQUEST, json.dumps(asked, indent=1) + "\n")
 
 

@@ -7,18 +7,20 @@ have in common, as most have with full size up to the first probe, is trained on
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from models.registry import Task, build_model
 from orchestrator import launch
-from orchestrator.collection import below, parent_run, refuse_another_request, remember_request
-from orchestrator.comparison_report import Row, read_comparison, together, write_comparison
+from orchestrator.collection import REQUEST, below, parent_run, refuse_another_request, remember_request
+from orchestrator.comparison_report import PAGE, Row, read_comparison, together, write_comparison
 from orchestrator.config import RunConfig, parse_config
 from orchestrator.crew import Crew
 from orchestrator.data.arrow import describe
@@ -81,7 +83,7 @@ def compare(config: RunConfig, request: Request) -> list[Row]:
 
     Raises:
         UserError: a method, a number or the config is not usable; nothing has been started.
-        TrainingError: full size itself has failed, without which there is nothing to compare.
+        TrainingError: some runs have failed; the table has all others, and says why.
         Interrupted: a signal ended the comparison; the same command continues it.
     """
     started = time.perf_counter()
@@ -89,15 +91,13 @@ def compare(config: RunConfig, request: Request) -> list[Row]:
     folder = config.storage / f"{config.name}-compare"
     with hold_folder(folder), ExitStack() as stack:
         # What is trained is not trained again, whatever else is asked for.
-        free = {"seeds": None, "methods": None, "tolerances": None}
-        base = below(config, folder).model_dump(mode="json")
-        asked = {"config": base, "request": asdict(request) | free}
-        refuse_another_request(folder, asked)
+        base, asked = below(config, folder), asdict(request) | {"seeds": None, "methods": None, "tolerances": None}
+        refuse_another_request(folder, base, asked)
         task = describe(prepare(config.data, config.data_root)).task
         terminal = stack.enter_context(chatter_to(folder / "logs" / "ray.log"))
         stop = stack.enter_context(stop_request())
         stack.enter_context(ray_cluster(config))
-        remember_request(folder, asked)
+        remember_request(folder, base, asked)
         tracker = stack.enter_context(parent_run(config, folder, terminal.line))
         crew = stack.enter_context(Crew(config.cluster, folder / "ray_train", folder / "logs" / "ray.log"))
         team = _Team(crew, stop, tracker, task, terminal)
@@ -114,12 +114,14 @@ def compare(config: RunConfig, request: Request) -> list[Row]:
                 # After each: what there is can be looked at, however long the rest takes.
                 text = write_comparison(folder, together(earlier, rows), _described(config))
             if tracker is not None:
-                for name in ("comparison.parquet", "comparison.md", "figures/comparison.png"):
+                for name in ("comparison.parquet", PAGE, "figures/comparison.png"):
                     tracker.artifact(folder / name)
     print(f"done in {duration(time.perf_counter() - started)}\n\n{text}")
     print(f"  files    {folder} (comparison.md, comparison.parquet, figures, and all runs)")
     if config.tracking.mlflow:
         print(f"  MLflow   {mlflow_command(config)}")
+    if failed := [row for row in rows if row.error is not None]:
+        raise TrainingError(f"{len(failed)} of {total} runs have failed; the same command tries them again")
     return rows
 
 
@@ -163,12 +165,20 @@ def check(config: RunConfig, request: Request) -> None:
                 raise UserError(f"--methods {method}: {error}") from error
 
 
+def render(folder: Path) -> Path:
+    """Write the page and the figure of the comparison in `folder` again, from its rows; the page."""
+    config = parse_config(json.loads((folder / REQUEST).read_text())["config"])
+    write_comparison(folder, read_comparison(folder), _described(config))
+    return folder / PAGE
+
+
 def _described(config: RunConfig) -> dict[str, str]:
     """A line about each method."""
     rule = config.truncation_rule
     assert rule is not None
-    score = f"{rule.score}, with compensation" if rule.compensate else rule.score
-    return METHODS | {"hankel": f"{METHODS['hankel']} (score: {score})"}
+    how = ", with compensation" if rule.compensate else ""
+    cut = {"hankel": f"{METHODS['hankel']} (score: {rule.score}){how}"}
+    return METHODS | cut | {method: METHODS[method] + how for method in ("random", "smallest")}
 
 
 @dataclass(frozen=True)
@@ -190,9 +200,13 @@ class _Team:
 def _train_all(base: RunConfig, request: Request, team: _Team) -> Iterator[Row]:
     """The rows of one seed, whose runs lie in `base.storage`."""
     full, before = untruncated(base, "full"), base.probe_steps[0] - 1
-    whole = _train(Place("full", "", base.seed), full, full, before, team)
+    whole = _tried(Place("full", "", base.seed), full, full, before, team)
     yield whole
     for size, truncated in _sizes(base, request):
+        if whole.error is not None:
+            for method in ("hankel", *_opponents(request)):
+                yield Row.failed(method, size, base.seed, "full size, which it is compared with, has failed")
+            continue
         cut = truncated.model_copy(update={"name": Place("hankel", size, base.seed).name})
         reached = _tried(Place("hankel", size, base.seed), cut, full, before, team)
         yield reached
@@ -213,7 +227,7 @@ def _sizes(base: RunConfig, request: Request) -> Iterator[tuple[str, RunConfig]]
         yield "", base
     for tolerance in request.tolerances:
         raw = base.model_dump(mode="json")
-        raw["truncation"]["target"] = {"tolerance": tolerance}
+        raw["truncation"]["target"] |= {"tolerance": tolerance, "dim": None, "fraction": None, "budget": None}
         yield f"{tolerance:g}", parse_config(raw)
 
 
@@ -256,11 +270,12 @@ def _opponent(place: Place, cut: RunConfig, full: RunConfig, reached: Sequence[i
 def _own(cut: RunConfig, reached: Sequence[int]) -> dict[str, Any]:
     """As many states as truncation has reached, given to the layers by a model's own spectra.
 
-    Truncation's were those of another model. Rungs of a ladder and equal layers are reached as they are.
+    Truncation's were those of another model. What settings have said of each layer, and rungs of a ladder, stay.
     """
     assert cut.truncation is not None
     target = cut.truncation.target
-    if target.ladder is not None or target.uniform:
+    of_each = target.allocation == "layer" and target.tolerance is None
+    if of_each or target.ladder is not None or target.uniform:
         return {"dim": list(reached)}
     return {"budget": {"states": sum(reached)}, "allocation": "global"}
 

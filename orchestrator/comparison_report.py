@@ -16,6 +16,7 @@ from orchestrator.figures import PALETTE, figure_of, style
 from orchestrator.run_folder import write_whole
 from orchestrator.terminal import count, dims
 
+PAGE = "comparison.md"
 MARKERS = "osD^vP*Xh"
 MEANINGS = (
     "- time: of steps, probes, and cuts with their certificates, not of other evaluations, checkpoints and starts; "
@@ -82,11 +83,24 @@ def write_comparison(folder: Path, rows: Sequence[Row], methods: Mapping[str, st
     table = markdown(rows, methods)
     words = [f"- {method}: {about}" for method, about in methods.items() if method in {row.method for row in rows}]
     words += [f"- failed: {row.named}, seed {row.seed}: {row.error}" for row in rows if row.error is not None]
+    words += _of_another_size(rows)
     text = "\n".join([table, "", *words, *MEANINGS, ""])
-    write_whole(folder / "comparison.md", text)
+    write_whole(folder / PAGE, text)
     (folder / "figures").mkdir(exist_ok=True)
     FigureCanvasAgg(_figure(rows, methods)).print_png(folder / "figures" / "comparison.png")
     return text
+
+
+def _of_another_size(rows: Sequence[Row]) -> list[str]:
+    """A line about each run that was to end with as many states as truncation, and has not: no cut was safe there."""
+    asked = {(row.size, row.seed): sum(row.final_dims) for row in rows if row.method == "hankel"}
+    return [
+        f"- of another size: {row.named}, seed {row.seed}: {sum(row.final_dims)} states instead of {states}"
+        for row in rows
+        if row.method not in ("full", "hankel")
+        and row.error is None
+        and sum(row.final_dims) != (states := asked[row.size, row.seed])
+    ]
 
 
 def markdown(rows: Sequence[Row], methods: Mapping[str, str]) -> str:
@@ -111,7 +125,9 @@ def markdown(rows: Sequence[Row], methods: Mapping[str, str]) -> str:
         if not found:
             lines.append(f"| {method} | {size} |" + " |" * (len(head) - 2) + f" {seeds} |")
             continue
-        states = " ".join(f"{statistics.mean(layer):.3g}" for layer in zip(*(r.final_dims for r in found), strict=True))
+        states = " ".join(
+            f"{round(statistics.mean(layer), 1):g}" for layer in zip(*(r.final_dims for r in found), strict=True)
+        )
         cells = [
             method,
             size,

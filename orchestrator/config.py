@@ -474,12 +474,15 @@ def differences(config: RunConfig, saved: dict[str, Any]) -> list[str]:
     """What makes `config` another run than the one that was started with `saved`: each key with both values."""
     # Through the schema, so that a setting that is newer than the checkpoint has its default there.
     before = parse_config(saved)
-    now, then = (dict(flatten(part.model_dump(mode="json"))) for part in (config, before))
-    return [
-        f"{key} (was {then.get(key)!r}, is {now.get(key)!r})"
-        for key in sorted(now.keys() | then.keys())
-        if now.get(key) != then.get(key) and not any(key == r or key.startswith(r + ".") for r in RESUMABLE)
-    ]
+    changed = changes(config.model_dump(mode="json"), before.model_dump(mode="json"))
+    return [words for key, words in changed if not any(key == r or key.startswith(r + ".") for r in RESUMABLE)]
+
+
+def changes(now: dict[str, Any], then: dict[str, Any]) -> list[tuple[str, str]]:
+    """The keys in which nested plain values differ, and each with both values in words."""
+    now, then = dict(flatten(now)), dict(flatten(then))
+    changed = [key for key in sorted(now.keys() | then.keys()) if now.get(key) != then.get(key)]
+    return [(key, f"{key} (was {then.get(key)!r}, is {now.get(key)!r})") for key in changed]
 
 
 def refuse_other_run(config: RunConfig, saved: dict[str, Any]) -> None:

@@ -106,10 +106,8 @@ def tune_schedules(config: RunConfig, request: Request) -> dict[str, Any]:
     with hold_folder(folder), ExitStack() as stack:
         base = below(config, folder)
         # Baselines may be asked for later, and the cluster may be another; a space's file may have been edited.
-        free = {"baselines": None, "concurrent": None}
-        wanted = asdict(request) | free | {"knobs": space.contents()}
-        asked = {"config": base.model_dump(mode="json"), "request": wanted}
-        refuse_another_request(folder, asked)
+        asked = asdict(request) | {"baselines": None, "concurrent": None, "knobs": space.contents()}
+        refuse_another_request(folder, base, asked)
         prepare(config.data, config.data_root)
         terminal = stack.enter_context(chatter_to(folder / "logs" / "ray.log"))
         stack.enter_context(ray_cluster(config))
@@ -117,7 +115,7 @@ def tune_schedules(config: RunConfig, request: Request) -> dict[str, Any]:
         if request.concurrent is not None and request.concurrent > room and cluster_address() in HERE:
             raise UserError(f"--concurrent {request.concurrent} must be at most {room}: this machine has no more room")
         at_a_time = request.concurrent or room
-        remember_request(folder, asked)
+        remember_request(folder, base, asked)
         tracker = stack.enter_context(parent_run(config, folder, terminal.line))
         shared = request.share and share_a_trunk(space, base, points)
         if request.share and not shared:

@@ -9,11 +9,16 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
-from orchestrator.comparison import METHODS, PENALTIES, Request, check, compare
-from orchestrator.comparison_report import Row, _figure, markdown, read_comparison
+from compression.ranking import Target
+from orchestrator.cli import main
+from orchestrator.collection import refuse_another_request, remember_request
+from orchestrator.comparison import METHODS, PENALTIES, Place, Request, _opponent, check, compare
+from orchestrator.comparison_report import Row, _figure, markdown, read_comparison, write_comparison
 from orchestrator.config import parse_config
-from orchestrator.errors import UserError
+from orchestrator.errors import TrainingError, UserError
+from orchestrator.trunk import untruncated
 from tests.runs import end_crews, family, lend_crews, losses, start, wait_while_running
 
 SMALLER = [method for method in METHODS if method != "full"]
@@ -89,15 +94,15 @@ def test_more_can_be_asked_for_and_a_method_that_fails_is_told(
     folder = Path(digits["storage"]) / "small-compare"
     stamps = stamps_of(folder / "seed-0")
 
-    later = compare(config, replace(request, methods=("hsv_regularized",), tolerances=(0.2,)))
-    assert [(row.named, row.error is None) for row in later] == [
-        ("full", True),
-        ("hankel 0.2", True),
-        ("hsv_regularized 0.2", False),
-    ]
-    # What was asked for before stays in the table; NaN of a failed run does not equal itself.
-    assert [row.run for row in read_comparison(folder)] == [row.run for row in [*later, *rows[2:]]]
-    assert f"- failed: hsv_regularized 0.2, seed 0: {later[2].error}\n" in (folder / "comparison.md").read_text()
+    digits["train"] |= {"log_every": 5, "checkpoint_every": 4}  # with which a run may continue too
+    with pytest.raises(TrainingError, match=r"^1 of 3 runs have failed; the same command tries them again$"):
+        compare(parse_config(digits), replace(request, methods=("hsv_regularized",), tolerances=(0.2,)))
+    # What was asked for before stays in the table.
+    found = read_comparison(folder)
+    later = ["full", "hankel 0.2", "hsv_regularized 0.2", "scratch 0.2", "hankel 0.6", "scratch 0.6"]
+    assert [row.named for row in found] == later
+    assert [row.named for row in found if row.error is not None] == ["hsv_regularized 0.2"]
+    assert f"- failed: hsv_regularized 0.2, seed 0: {found[2].error}\n" in (folder / "comparison.md").read_text()
     assert stamps.items() <= stamps_of(folder / "seed-0").items()
 
 
@@ -121,6 +126,54 @@ def test_a_comparison_that_was_killed_is_continued(digits: dict[str, Any], local
     assert [(row.method, row.error) for row in rows] == [("full", None), ("hankel", None), ("scratch", None)]
 
 
+@pytest.mark.long
+@pytest.mark.cluster
+def test_without_full_size_a_seed_has_nothing_to_be_compared_with(
+    digits: dict[str, Any], local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lend_crews(monkeypatch, "orchestrator.comparison")
+    digits["train"] |= {"lr": 1e30, "warmup": 0.0}
+    with pytest.raises(TrainingError, match=r"^6 of 6 runs have failed"):
+        compare(parse_config(digits), Request(("scratch",), 2, (), fine_tune=0.2, penalty=1e-5))
+    found = read_comparison(Path(digits["storage"]) / "small-compare")
+    assert [row.run for row in found] == [
+        (method, "", seed) for seed in (0, 1) for method in ("full", "hankel", "scratch")
+    ]
+    assert ["is no number" in str(row.error) for row in found] == [True, False, False] * 2
+
+
+def test_a_comparison_continues_with_what_runs_continue_with(digits: dict[str, Any], tmp_path: Path) -> None:
+    remember_request(tmp_path, parse_config(digits), {"penalty": 1.0, "seeds": None})
+    digits["train"] |= {"log_every": 7}
+    digits["cluster"] = {"workers": 4}
+    refuse_another_request(tmp_path, parse_config(digits), {"penalty": 1.0, "seeds": None})
+    digits["train"] |= {"lr": 0.5}
+    with pytest.raises(
+        UserError, match=r"train\.lr \(was 0\.01, is 0\.5\), penalty \(was 1\.0, is 2\.0\); another name="
+    ):
+        refuse_another_request(tmp_path, parse_config(digits), {"penalty": 2.0, "seeds": None})
+
+
+@pytest.mark.parametrize(
+    ("target", "given"),
+    [
+        ({"tolerance": 0.2}, {"budget": {"states": 9}, "allocation": "global"}),
+        ({"dim": 6, "allocation": "global"}, {"budget": {"states": 9}, "allocation": "global"}),
+        ({"dim": 6}, {"dim": [5, 4]}),
+        ({"tolerance": 0.2, "ladder": [4, 5]}, {"dim": [5, 4]}),
+    ],
+)
+def test_what_is_cut_at_its_end_shares_its_states_out_only_where_spectra_did(
+    digits: dict[str, Any], target: dict[str, Any], given: dict[str, Any]
+) -> None:
+    digits["truncation"]["target"] = target
+    config = parse_config(digits)
+    request = Request(("magnitude",), 1, (), 0.1, 1e-5)
+    pruned = _opponent(Place("magnitude", "", 0), config, untruncated(config, "full"), [5, 4], request)
+    assert pruned.truncation is not None
+    assert pruned.truncation.target == Target.model_validate(given)
+
+
 def stamps_of(runs: Path) -> dict[Path, int]:
     """When each run that has ended did."""
     return {path: path.stat().st_mtime_ns for path in runs.glob("*/summary.json")}
@@ -131,7 +184,13 @@ def _check_files(folder: Path, rows: dict[str, Row]) -> None:
     assert [Row(**row) for row in table] == list(rows.values())
     text = (folder / "comparison.md").read_text()
     assert all(f"| {method} |" in text and f"- {method}: " in text for method in METHODS)
-    assert (folder / "figures" / "comparison.png").stat().st_size > 1000
+    figure = folder / "figures" / "comparison.png"
+    assert figure.stat().st_size > 1000
+    figure.unlink()
+    (folder / "comparison.md").unlink()
+    assert CliRunner().invoke(main, ["report", str(folder)]).output == f"{folder / 'comparison.md'}\n"
+    assert (folder / "comparison.md").read_text() == text
+    assert figure.exists()
 
 
 def _check_mlflow(raw: dict[str, Any], folder: Path) -> None:
@@ -152,10 +211,11 @@ def test_the_table_has_means_over_all_seeds_and_times_of_each_seeds_own_full_siz
         row("hankel", 1, 0.6, 5.0),
     ]
     rows += [row("random", 0, 0.5, 5.0), Row.failed("random", "", 1, "NaN"), Row.failed("distill", "", 0, "no teacher")]
+    rows += [Row.failed(method, "", 2, "diverged") for method in ("full", "hankel")]
     full, hankel, random, distill = markdown(rows, METHODS).splitlines()[2:]
     assert full.startswith("| full |  | 80.0 % ± 14.1 | 4 6 | 1.00 |")
     assert hankel.startswith("| hankel |  | 70.0 % ± 14.1 | 4 6 | 0.38 |")  # the mean of 5/10 and 5/20
-    assert hankel.endswith("| 2 |")
+    assert hankel.endswith("| 2 of 3, else failed |")
     assert random.startswith("| random |  | 50.0 % | 4 6 |")
     assert random.endswith("| 1 of 2, else failed |")
     assert distill.endswith("| 0 of 1, else failed |")
@@ -166,6 +226,15 @@ def test_the_table_has_means_over_all_seeds_and_times_of_each_seeds_own_full_siz
         "full": [1.0, pytest.approx(0.8)],
         "hankel": [0.375, pytest.approx(0.7)],
     }
+
+
+def test_a_run_that_ends_with_other_states_than_truncation_is_told(tmp_path: Path) -> None:
+    rows = [row(method, 0, 0.9, 10.0) for method in ("full", "hankel", "random", "smallest")]
+    rows[0], rows[3] = replace(rows[0], final_dims=[16, 16]), replace(rows[3], final_dims=[16, 5])
+    text = write_comparison(tmp_path, rows, METHODS)
+    assert [line for line in text.splitlines() if "of another size" in line] == [
+        "- of another size: smallest, seed 0: 21 states instead of 10"
+    ]
 
 
 def test_without_labels_the_quality_is_the_loss() -> None:
