@@ -10,10 +10,10 @@ train: .venv/ready
 	$(BIN)/rayduce train configs/quickstart.yaml
 
 tune: .venv/ready
-	$(BIN)/rayduce tune configs/digits_lru.yaml train.steps=400 --space timing --samples 4 --search random
+	$(BIN)/rayduce tune configs/digits_lru.yaml name=quick train.steps=400 --space timing --samples 4 --search random
 
 compare: .venv/ready
-	$(BIN)/rayduce compare configs/digits_lru.yaml train.steps=400 --seeds 2 \
+	$(BIN)/rayduce compare configs/digits_lru.yaml name=quick train.steps=400 --seeds 2 \
 		--methods full,scratch,hankel,random,smallest,magnitude,distill,hsv_regularized
 
 test: .venv/ready

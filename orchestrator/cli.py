@@ -224,7 +224,7 @@ def report(run: Path) -> None:
 
         print(render_comparison(run))
         return
-    if (run / "sweep.json").exists():
+    if (run / "request.json").exists():
         from orchestrator.sweep_report import render
 
         print(render(run))

@@ -20,7 +20,7 @@ import torch
 from models.registry import Task, build_model
 from orchestrator import launch
 from orchestrator.collection import REQUEST, below, parent_run, refuse_another_request, remember_request
-from orchestrator.comparison_report import PAGE, Row, read_comparison, together, write_comparison
+from orchestrator.comparison_report import COMPARISON, PAGE, Row, read_comparison, together, write_comparison
 from orchestrator.config import RunConfig, parse_config
 from orchestrator.crew import Crew
 from orchestrator.data.arrow import describe
@@ -114,7 +114,7 @@ def compare(config: RunConfig, request: Request) -> list[Row]:
                 # After each: what there is can be looked at, however long the rest takes.
                 text = write_comparison(folder, together(earlier, rows), _described(config))
             if tracker is not None:
-                for name in ("comparison.parquet", PAGE, "figures/comparison.png"):
+                for name in (COMPARISON, PAGE, "figures/comparison.png"):
                     tracker.artifact(folder / name)
     print(f"done in {duration(time.perf_counter() - started)}\n\n{text}")
     print(f"  files    {folder} (comparison.md, comparison.parquet, figures, and all runs)")
@@ -199,7 +199,7 @@ class _Team:
 
 def _train_all(base: RunConfig, request: Request, team: _Team) -> Iterator[Row]:
     """The rows of one seed, whose runs lie in `base.storage`."""
-    full, before = untruncated(base, "full"), base.probe_steps[0] - 1
+    full, before = untruncated(base, "full"), base.uncut_steps
     whole = _tried(Place("full", "", base.seed), full, full, before, team)
     yield whole
     for size, truncated in _sizes(base, request):

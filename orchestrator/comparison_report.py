@@ -16,7 +16,7 @@ from orchestrator.figures import PALETTE, figure_of, style
 from orchestrator.run_folder import write_whole
 from orchestrator.terminal import count, dims
 
-PAGE = "comparison.md"
+COMPARISON, PAGE = "comparison.parquet", "comparison.md"
 MARKERS = "osD^vP*Xh"
 MEANINGS = (
     "- time: of steps, probes, and cuts with their certificates, not of other evaluations, checkpoints and starts; "
@@ -64,7 +64,7 @@ class Row:
 
 def read_comparison(folder: Path) -> list[Row]:
     """The rows that `write_comparison` has left in a folder, if it has."""
-    path = folder / "comparison.parquet"
+    path = folder / COMPARISON
     return [Row(**row) for row in pq.read_table(path).to_pylist()] if path.exists() else []
 
 
@@ -79,7 +79,7 @@ def write_comparison(folder: Path, rows: Sequence[Row], methods: Mapping[str, st
 
     `methods` has the order of the table and a line about each method.
     """
-    write_rows(folder / "comparison.parquet", [asdict(row) for row in rows])
+    write_rows(folder / COMPARISON, [asdict(row) for row in rows])
     table = markdown(rows, methods)
     words = [f"- {method}: {about}" for method, about in methods.items() if method in {row.method for row in rows}]
     words += [f"- failed: {row.named}, seed {row.seed}: {row.error}" for row in rows if row.error is not None]

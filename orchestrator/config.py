@@ -356,6 +356,11 @@ class RunConfig(_Part):
     def probe_steps(self) -> tuple[int, ...]:
         return self.truncation.probe_steps(self.train.steps) if self.truncation is not None else ()
 
+    @property
+    def uncut_steps(self) -> int:
+        """Steps before the first probe, which no truncation has a part in."""
+        return self.probe_steps[0] - 1
+
     def pace(self, cut: bool) -> Pace:
         """Multiples of learning rate and batch size, before the first cut or after it."""
         if not cut:

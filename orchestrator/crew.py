@@ -10,6 +10,7 @@ import math
 import os
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ class Crew:
         options["max_concurrency"] = 1000 + 2 * cluster.workers.max
         self.foreman = ray.remote(Foreman).options(**options).remote()
         self._number = 0
-        self._fit: Future[None] | None = None
+        self._fit: Future[Any] | None = None
         self._at_work = False
         self._reservation: PlacementGroup | None = None
         actor = ray.get_runtime_context().get_actor_id()
@@ -132,7 +133,7 @@ class Crew:
             # Again and again, because a process that Ray had to start again knows of no job.
             ray.get(self.foreman.assign.remote(self._number, job, self.cluster.max_failures - follower.lost))
             if self._fit is None:
-                self._fit = _in_a_thread(self._trainer())
+                self._fit = in_a_thread(self._trainer().fit, "fit")
             ended = wait([self._fit], timeout=_POLL_S).done and follower.stopped is None
             self._reserve(follower.reservation)
             if follower.running:
@@ -262,23 +263,22 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
         return [callback for callback in callbacks if type(callback).__name__ not in idle]
 
 
-def _in_a_thread(trainer: _Trainer) -> Future[None]:
-    """Run a trainer to its end.
+def in_a_thread(fit: Callable[[], Any], name: str) -> Future[Any]:
+    """Run Ray Train or Ray Tune to its end.
 
-    In a thread, because in the main one Ray Train takes SIGINT for itself, and ends the process without a word. In a
-    daemon, because a call that Ray's shutdown overtakes may never return.
+    In a thread, because in the main one they take SIGINT for themselves, and Ray Train ends the process without a word.
+    In a daemon, because a call that Ray's shutdown overtakes may never return.
     """
-    fit: Future[None] = Future()
+    future: Future[Any] = Future()
 
     def run() -> None:
         try:
-            trainer.fit()
-            fit.set_result(None)
+            future.set_result(fit())
         except Exception as error:  # noqa: BLE001 -- raised in the main thread
-            fit.set_exception(error)
+            future.set_exception(error)
 
-    threading.Thread(target=run, name="fit", daemon=True).start()
-    return fit
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future
 
 
 def _cause(error: BaseException) -> str:

@@ -27,6 +27,7 @@ _KEY = "rayduce.key"
 _BATCH_S = 2.0
 # Of a row of metrics.jsonl, what MLflow has places of its own for.
 _NO_METRICS = ("step", "seconds")
+_SQLITE = "sqlite:///"  # before a path
 # How a run of a sweep has ended, as its tag says.
 _TOLD = {"FINISHED": "finished", "KILLED": "stopped", "FAILED": "failed"}
 
@@ -111,7 +112,8 @@ class MlflowTracker:
     def close(self, status: str) -> None:
         self._jobs.put(self._send_metrics)
         if self._tags:
-            pruned = self._pruned is not None and self._pruned.exists()
+            # One that was to be pruned may have come to its end before it heard of that.
+            pruned = status != "FINISHED" and self._pruned is not None and self._pruned.exists()
             self._jobs.put(lambda: self._tag("status", "pruned" if pruned else _TOLD[status]))
         self._jobs.put(lambda: self._client.set_terminated(self._connected_run(), status=status))
         self._jobs.put(None)
@@ -260,9 +262,14 @@ class MlflowTracker:
 
 
 def mlflow_uri(config: RunConfig) -> str:
-    """The configured server, else MLflow's own environment variable, else SQLite beside the runs."""
-    from_environment = os.environ.get("MLFLOW_TRACKING_URI")
-    return config.tracking.mlflow_uri or from_environment or f"sqlite:///{config.storage / 'mlflow.db'}"
+    """The configured server, else MLflow's own environment variable, else SQLite beside the runs.
+
+    A database's path is absolute: a sweep's trials run in folders of Ray's.
+    """
+    uri = config.tracking.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if uri is None:
+        return f"{_SQLITE}{config.storage / 'mlflow.db'}"
+    return f"{_SQLITE}{Path(uri.removeprefix(_SQLITE)).absolute()}" if uri.startswith(_SQLITE) else uri
 
 
 def mlflow_command(config: RunConfig) -> str:

@@ -6,37 +6,37 @@ A sweep's folder holds its trials' folders, the trunk that they share, and what 
 from __future__ import annotations
 
 import math
-import os
 import shutil
-import signal
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import numpy as np
 import optuna
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
-from ray.tune.search import ConcurrencyLimiter
+from ray.exceptions import RayError
+from ray.tune.search import ConcurrencyLimiter, Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from orchestrator import launch
 from orchestrator.collection import below, parent_run, refuse_another_request, remember_request
 from orchestrator.config import RunConfig, load_config, parse_config
-from orchestrator.crew import Crew, release_dead
+from orchestrator.crew import Crew, in_a_thread, release_dead
 from orchestrator.data.sources import prepare
 from orchestrator.errors import Interrupted, TrainingError, UserError
+from orchestrator.failures import in_a_line
 from orchestrator.launch import Lent
-from orchestrator.mlflow_tracker import MLFLOW_RUN, Nesting, mlflow_command, mlflow_tracker
+from orchestrator.mlflow_tracker import Nesting, mlflow_command, mlflow_tracker
+from orchestrator.pruning import Pruning, first_judged, scheduler_of
 from orchestrator.ray_cluster import HERE, cluster_address, ray_cluster, workers_that_fit
 from orchestrator.report import write_report
-from orchestrator.run_folder import Json, metrics_so_far, write_whole
+from orchestrator.run_folder import metrics_so_far, write_whole
 from orchestrator.signals import stop_request
 from orchestrator.space import Point, Space, load_space, optuna_space
 from orchestrator.storage import hold_folder
@@ -46,8 +46,6 @@ from orchestrator.sweep_report import (
     best_of,
     best_so_far,
     left_open,
-    measurements,
-    measurements_of_ended,
     outcomes,
     statuses,
     write_sweep_report,
@@ -56,23 +54,22 @@ from orchestrator.terminal import Terminal, chatter_to, dims, duration
 from orchestrator.tracking import hand_over
 from orchestrator.trial import (
     AGAIN,
+    FOLDER,
     OBJECTIVES,
     OUTCOME,
+    POLL_S,
     PRUNED,
+    STOPPING,
     Sweep,
     Trial,
     conclude,
-    folder_of,
     status_of,
     workers_of,
 )
 from orchestrator.trunk import saved_after, share_a_trunk, starts_of, trunk_of, untruncated
 
 Search = Literal["tpe", "random", "grid"]
-Pruning = Literal["none", "asha", "median"]
 SAMPLES = 16  # of a random or TPE search that does not say how many
-# A trial is first judged after this share of the training, and every rung lets the best quarter go on.
-GRACE, REDUCTION = 0.25, 4
 SHOW_EVERY_S = 2.0
 
 
@@ -186,7 +183,7 @@ def check(config: RunConfig, request: Request) -> tuple[Space, list[Point]]:
     for point in points:
         space.config(config, point)
     if request.pruning != "none":
-        grace, every = _grace(space, config, points), config.train.eval_every
+        grace, every = first_judged(space, config, points), config.train.eval_every
         if -(-grace // every) * every >= config.train.steps:
             raise UserError(
                 f"--pruning {request.pruning} judges trials by an evaluation after step {grace - 1}, when all have "
@@ -219,10 +216,13 @@ def _run(
         return []
     if begun:
         terminal.line("continuing the sweep: trials that have finished or were pruned are not repeated")
-    search = ConcurrencyLimiter(_searcher(sweep.space, request, points, begun, sweep.base.seed), at_a_time)
-    tune_config = tune.TuneConfig(
-        search_alg=search, scheduler=_scheduler(sweep, request, points), num_samples=left, reuse_actors=True
+    stopping = folder / STOPPING
+    stopping.unlink(missing_ok=True)
+    search = ConcurrencyLimiter(_searcher(sweep, request, points, begun), at_a_time)
+    scheduler = scheduler_of(
+        request.pruning, sweep.base, first_judged(sweep.space, sweep.base, points), request.objectives[0]
     )
+    tune_config = tune.TuneConfig(search_alg=search, scheduler=scheduler, num_samples=left, reuse_actors=True)
     # What is to be remembered is in the trials' folders, a run's own checkpoints among it.
     experiment = folder / "tune"
     for left_over in (experiment, workers_of(folder)):
@@ -232,19 +232,38 @@ def _run(
         name=experiment.name, storage_path=str(folder), checkpoint_config=none, callbacks=[_Judgement(folder)]
     )
     tuner = tune.Tuner(trainable, tune_config=tune_config, run_config=run_config)
-    with _sigterm_as_sigint() as terminated, _shown(folder, total, request.objectives[0], terminal):
-        trials: list[tune.experiment.Trial] = tuner.fit()._experiment_analysis.trials
+    with stop_request() as stop, _shown(folder, total, request.objectives[0], terminal):
+        # In the main thread Ray Tune would take SIGINT for itself, and give trials ten seconds.
+        fit = in_a_thread(tuner.fit, "tune")
+        while not wait([fit], timeout=POLL_S).done:
+            if stop.signal is not None and not stopping.exists():
+                terminal.line("stopping: checkpoints follow (a second signal ends at once, without)")
+                stopping.touch()
     release_dead(workers_of(folder), all_are=True)  # Ray Tune gives them ten seconds, and then ends them
-    if len(trials) < left or not all(map(_ended, trials)):
-        number = signal.SIGTERM if terminated else signal.SIGINT
-        raise Interrupted(f"sweep {folder.name} stopped; the same command continues it", number)
-    return trials
+    if stop.signal is not None:
+        raise Interrupted(f"sweep {folder.name} stopped; the same command continues it", stop.signal)
+    try:
+        return list(fit.result()._experiment_analysis.trials)
+    except (tune.TuneError, RayError) as error:
+        raise TrainingError(
+            f"sweep {folder.name} has failed: {in_a_line(error)}; the same command continues it"
+        ) from error
 
 
-def _searcher(
-    space: Space, request: Request, points: Sequence[Point], begun: Sequence[Outcome], seed: int
-) -> OptunaSearch:
+class _Search(OptunaSearch):  # type: ignore[misc]
+    """Proposes nothing any more once a signal wants the sweep to end."""
+
+    def __init__(self, stopping: Path, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._stopping = stopping
+
+    def suggest(self, trial_id: str) -> Any:
+        return Searcher.FINISHED if self._stopping.exists() else super().suggest(trial_id)
+
+
+def _searcher(sweep: Sweep, request: Request, points: Sequence[Point], begun: Sequence[Outcome]) -> Searcher:
     """What proposes points and knows what came of those that have ended: first those that begin once more."""
+    space = sweep.space
     modes = [OBJECTIVES[objective] for objective in request.objectives]
     directions = ["minimize" if mode == "min" else "maximize" for mode in modes]
     storage, distributions = optuna.storages.InMemoryStorage(), optuna_space(space)
@@ -258,7 +277,8 @@ def _searcher(
             again.append(outcome.point)
         elif all(map(math.isfinite, values)):
             study.add_trial(optuna.trial.create_trial(params=outcome.point, distributions=distributions, values=values))
-    return OptunaSearch(
+    return _Search(
+        sweep.base.storage / STOPPING,
         space=distributions,
         metric=list(request.objectives),
         mode=modes,
@@ -266,7 +286,7 @@ def _searcher(
         storage=storage,
         study_name=space.name,
         # As NumPy takes them; what is drawn at random must not be drawn again.
-        seed=(seed + len(begun)) % 2**32,
+        seed=(sweep.base.seed + len(begun)) % 2**32,
     )
 
 
@@ -282,16 +302,11 @@ class _Judgement(tune.Callback):  # type: ignore[misc]
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: object
     ) -> None:
-        if result.get("done") and status_of(folder := folder_of(self._sweep, trial.trial_id))[0] == "running":
+        if result.get("done") and status_of(folder := self._sweep / result[FOLDER])[0] == "running":
             (folder / PRUNED).touch()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: object) -> None:
         release_dead(workers_of(self._sweep))
-
-
-def _ended(trial: tune.experiment.Trial) -> bool:
-    """By itself or its scheduler: those that are running when a signal comes are TERMINATED too."""
-    return trial.status == trial.ERROR or bool(trial.last_result.get("done"))
 
 
 def _conclude_rest(sweep: Sweep, trials: Sequence[tune.experiment.Trial], terminal: Terminal) -> None:
@@ -308,12 +323,14 @@ def _conclude_rest(sweep: Sweep, trials: Sequence[tune.experiment.Trial], termin
             conclude(folder, status, reason)
         if metrics_so_far(folder):
             write_report(folder)
-        if (folder / MLFLOW_RUN).exists():
-            nesting = Nesting(sweep.parent_run_id, {"trial": folder.name}, folder / PRUNED)
-            tracker = mlflow_tracker(load_config(folder / "config.yaml"), folder, terminal.line, nesting)
-            if tracker is not None:
-                hand_over(folder, tracker)
-                tracker.close("KILLED" if pruned else "FAILED")
+        # One may have failed before it had a config of its own.
+        own = folder / "config.yaml"
+        config = load_config(own) if own.exists() else sweep.base
+        nesting = Nesting(sweep.parent_run_id, {"trial": folder.name}, folder / PRUNED)
+        tracker = mlflow_tracker(config, folder, terminal.line, nesting)
+        if tracker is not None:
+            hand_over(folder, tracker)
+            tracker.close("KILLED" if pruned else "FAILED")
 
 
 def _last_words(trial: tune.experiment.Trial | None) -> str:
@@ -323,34 +340,15 @@ def _last_words(trial: tune.experiment.Trial | None) -> str:
 
 
 @contextmanager
-def _sigterm_as_sigint() -> Iterator[list[int]]:
-    """Ray Tune ends in good order at SIGINT alone; the list tells afterwards whether SIGTERM came."""
-    came: list[int] = []
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield came
-        return
-    before = signal.signal(signal.SIGTERM, receive)
-    try:
-        yield came
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
 def _shown(folder: Path, total: int, objective: str, terminal: Terminal) -> Iterator[None]:
     """For the duration of the block, keep a line that says how far the trials are."""
     ended, started = threading.Event(), time.monotonic()
-    before = len([status for status in statuses(folder) if status != "running"])
+    before = len([status for status in statuses(folder) if status not in AGAIN])
 
     def show() -> None:
         while not ended.wait(SHOW_EVERY_S):
             found = Counter(statuses(folder))
-            now = found.total() - found["running"]
+            now = sum(count for status, count in found.items() if status not in AGAIN)
             parts = [
                 f"{found[status]} {status}" for status in ("finished", "pruned", "failed", "running") if found[status]
             ]
@@ -369,69 +367,6 @@ def _shown(folder: Path, total: int, objective: str, terminal: Terminal) -> Iter
         ended.set()
         thread.join()
         terminal.finish()
-
-
-def _scheduler(sweep: Sweep, request: Request, points: Sequence[Point]) -> TrialScheduler:
-    """What judges trials, by those too that had ended before the sweep was continued."""
-    if request.pruning == "none":
-        return FIFOScheduler()
-    base, metric = sweep.base, request.objectives[0]
-    grace = _grace(sweep.space, base, points)
-    which: dict[str, Any] = {"time_attr": "step", "metric": metric, "mode": OBJECTIVES[metric]}
-    if request.pruning == "asha":
-        return _Halving(base.storage, grace, base.train.steps, **which)
-    return _MedianRule(base.storage, grace, base.train.steps, **which)
-
-
-def _grace(space: Space, config: RunConfig, points: Sequence[Point]) -> int:
-    """The step from which trials are judged, when all have been cut: beside one that has not, every cut looks bad."""
-    return max(int(GRACE * config.train.steps), space.latest_cut(config, points)) + 1
-
-
-class _Halving(ASHAScheduler):  # type: ignore[misc]
-    """One rung, at which each trial is judged by what it had there, be it in an earlier start of the sweep."""
-
-    def __init__(self, sweep: Path, grace: int, steps: int, **which: Any) -> None:
-        super().__init__(
-            max_t=max(grace, steps - 1),  # at the last step there is nothing left to stop
-            grace_period=grace,
-            reduction_factor=REDUCTION,
-            stop_last_trials=False,
-            **which,
-        )
-        self._sweep, self._grace, self._steps = sweep, grace, steps
-        [(_, recorded)] = self._brackets[0]._rungs
-        recorded |= {name: self._metric_op * self._at_the_rung(rows) for name, rows in self._histories().items()}
-
-    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if result["step"] >= self._steps:
-            return str(self.CONTINUE)  # to its own end
-        if result["step"] >= self._grace:
-            rows = measurements(folder_of(self._sweep, trial.trial_id), self._metric)
-            result = result | {self._metric: self._at_the_rung([*rows, result])}
-        decision: str = super().on_trial_result(controller, trial, result)
-        return decision
-
-    def _histories(self) -> dict[str, list[Json]]:
-        ended = measurements_of_ended(self._sweep, self._metric)
-        return {name: rows for name, rows in ended.items() if rows[-1]["step"] >= self._grace}
-
-    def _at_the_rung(self, rows: Sequence[Json]) -> float:
-        return float(next(row[self._metric] for row in rows if row["step"] >= self._grace))
-
-
-class _MedianRule(MedianStoppingRule):  # type: ignore[misc]
-    """As long as there are too few trials to judge by, a trial goes on: Ray Tune has nothing to pause it with."""
-
-    def __init__(self, sweep: Path, grace: int, steps: int, **which: Any) -> None:
-        super().__init__(grace_period=grace, **which)
-        self._steps = steps
-        self._results |= measurements_of_ended(sweep, which["metric"])
-
-    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        decision: str = super().on_trial_result(controller, trial, result)
-        ends = result["step"] >= self._steps
-        return self.CONTINUE if ends or decision == self.PAUSE else decision
 
 
 def _best_config(config: RunConfig, folder: Path, best: Outcome) -> RunConfig:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from matplotlib.figure import Figure
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
 from orchestrator.collection import write_rows
+from orchestrator.comparison_report import COMPARISON
 from orchestrator.errors import UserError
 from orchestrator.figures import BLUE, GREEN, GREY, VERMILION, figure_of, style
 from orchestrator.report import TEMPLATES
@@ -174,7 +176,10 @@ def render(folder: Path) -> Path:
     """
     path = folder / SUMMARY
     if not path.exists():
-        raise UserError(f"{folder} has no {SUMMARY}: the report of a sweep is drawn when it has ended")
+        raise UserError(
+            f"{folder} has no {SUMMARY} and no {COMPARISON}: a sweep's page is drawn when it has ended, and a "
+            "comparison's when its first run has"
+        )
     summary = json.loads(path.read_text())
     figures = {
         "pareto_train_seconds": _pareto(summary, "train_seconds", "seconds of training"),
@@ -250,7 +255,10 @@ def _outcome(trial: Path) -> Outcome:
     # Up to its beginning they are the trunk's.
     held_out = [row for row in rows if "val_loss" in row and row["step"] > trunk_step]
     objectives = measured(held_out[-1]) if held_out else {}
-    return Outcome(trial.name, point, status, error, objectives, None, trunk_step, last_step, [])
+    objectives = {name: value for name, value in objectives.items() if math.isfinite(value)}
+    first = next((row["step"] for row in held_out if "val_loss_before" in row), None)
+    dims = [int(value) for key, value in sorted(held_out[-1].items()) if key.startswith("d_state_")] if held_out else []
+    return Outcome(trial.name, point, status, error, objectives, first, trunk_step, last_step, dims)
 
 
 def _pareto(summary: Json, x: str, label: str) -> Figure:

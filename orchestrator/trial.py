@@ -9,6 +9,7 @@ import secrets
 import signal
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ray import tune
 from orchestrator import launch
 from orchestrator.config import RunConfig
 from orchestrator.crew import Crew
-from orchestrator.errors import Interrupted
+from orchestrator.errors import Interrupted, TrainingError
 from orchestrator.failures import in_a_line
 from orchestrator.launch import Lent
 from orchestrator.mlflow_tracker import Nesting
@@ -29,6 +30,11 @@ from orchestrator.trunk import branch, trunk_of
 
 # In a trial's folder: where it was tried, how its process has ended it, and that the sweep's pruning has.
 POINT, OUTCOME, PRUNED = "point.json", "outcome.json", "pruned"
+# In the sweep's: that a signal wants its trials to save and end.
+STOPPING = "stopping"
+# In what Ray Tune is told: the name of the trial's folder.
+FOLDER = "folder"
+POLL_S = 1.0
 # What a sweep that is continued trains (again): a trial that its end has interrupted, and one that has failed.
 AGAIN = ("running", "failed")
 OBJECTIVES = {"val_loss": "min", "val_accuracy": "max", "states": "min", "train_seconds": "min"}
@@ -51,14 +57,15 @@ class Sweep:
 
 
 class Progress:
-    """The tracker that tells Ray Tune of every evaluation: `step`, and what can be an objective."""
+    """The tracker that tells Ray Tune of every evaluation: folder, step, and what can be an objective."""
 
-    def __init__(self, results: queue.Queue[Any]) -> None:
+    def __init__(self, folder: str, results: queue.Queue[Any]) -> None:
+        self._folder = folder
         self._results = results
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         if "val_loss" in metrics:
-            self._results.put({"step": step} | measured(metrics))
+            self._results.put({FOLDER: self._folder, "step": step} | measured(metrics))
 
     def artifact(self, path: Path, folder: str = "") -> None: ...
 
@@ -71,7 +78,11 @@ def measured(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 class Trial(tune.Trainable):  # type: ignore[misc]
-    """Trains in a thread; `step` waits for the next evaluation. A trial that is stopped ends with a checkpoint."""
+    """Trains in a thread; `step` waits for the next evaluation. A trial that is stopped ends with a checkpoint.
+
+    Ray Tune stops one when `step` has returned, and gives it ten seconds: too late where a signal ends the sweep, which
+    trials find out for themselves.
+    """
 
     def setup(self, config: dict[str, Any], sweep: Sweep) -> None:
         self._sweep = sweep
@@ -85,8 +96,13 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         return True
 
     def step(self) -> dict[str, Any]:
-        result = self._results.get()
-        if isinstance(result, BaseException):
+        result: Any = None
+        while result is None:
+            if (self._sweep.base.storage / STOPPING).exists():
+                self._stop.signal = signal.SIGTERM
+            with suppress(queue.Empty):
+                result = self._results.get(timeout=POLL_S)
+        if isinstance(result, Exception):
             raise result
         return result  # type: ignore[no-any-return]
 
@@ -111,19 +127,22 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         result: Any
         words: str | None
         try:
-            (folder / OUTCOME).unlink(missing_ok=True)
+            for name in (OUTCOME, "report.html"):  # of one that has failed, and is tried again
+                (folder / name).unlink(missing_ok=True)
             config = sweep.space.config(base, point)
-            progress = Progress(self._results)
+            progress = Progress(base.name, self._results)
             tags = {"trial": base.name}
             if sweep.shared:
                 trunk = Lent(self._crew, self._stop, Nesting(sweep.parent_run_id, {"trial": "trunk"}))
-                before = config.probe_steps[0] - 1
-                tags["trunk_step"] = str(branch(config, trunk_of(config), before, trunk, sweep.saved, sweep.ahead))
+                step = branch(config, trunk_of(config), config.uncut_steps, trunk, sweep.saved, sweep.ahead)
+                tags["trunk_step"] = str(step)
             nesting = Nesting(sweep.parent_run_id, tags, folder / PRUNED)
             summary = launch.train(config, Lent(self._crew, self._stop, nesting, progress))
-            status, words, result = "finished", None, final(summary) | {"step": summary["steps"], "done": True}
+            end = {FOLDER: base.name, "step": summary["steps"], "done": True}
+            status, words, result = "finished", None, final(summary) | end
         except Interrupted as error:
-            status, words, result = "stopped", None, error
+            # As such it would end Ray's process.
+            status, words, result = "stopped", None, TrainingError(str(error))
         except Exception as error:  # noqa: BLE001 -- raised where Ray Tune waits for the next result
             status, words, result = "failed", in_a_line(error), error
         try:
@@ -139,7 +158,8 @@ def _trial_folder(sweep: Sweep, trial_id: str, point: Mapping[str, Any]) -> Path
     place = sweep.base.storage
     with (place / "trials.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another trial may begin at the same time
-        folder = place / f"trial-{len(list(place.glob('trial-*'))):05d}"
+        taken = [int(path.name.removeprefix("trial-")) for path in place.glob("trial-*")]
+        folder = place / f"trial-{1 + max(taken, default=-1):05d}"
         for path in sorted(place.glob(f"trial-*/{POINT}")):
             other = json.loads(path.read_text())
             if other["point"] == note["point"] and other["start"] != sweep.start and status_of(path.parent)[0] in AGAIN:
@@ -153,28 +173,19 @@ def _trial_folder(sweep: Sweep, trial_id: str, point: Mapping[str, Any]) -> Path
 def status_of(folder: Path) -> tuple[str, str | None]:
     """How a trial has ended, finished, pruned or failed, or that it is running; and its error, where it has one.
 
-    One that was stopped with its sweep goes on with it.
+    One that was stopped with its sweep goes on with it; one that has finished before it heard that it was pruned has.
     """
-    if (folder / PRUNED).exists():
+    found: dict[str, Any] = {"status": "running", "error": None}
+    with suppress(FileNotFoundError):
+        found = json.loads((folder / OUTCOME).read_text())
+    if found["status"] != "finished" and (folder / PRUNED).exists():
         return "pruned", None
-    try:
-        found: dict[str, Any] = json.loads((folder / OUTCOME).read_text())
-    except FileNotFoundError:
-        return "running", None
-    status: str = found["status"]
-    return "running" if status == "stopped" else status, found["error"]
+    return "running" if found["status"] == "stopped" else found["status"], found["error"]
 
 
 def workers_of(sweep: Path) -> Path:
     """Where a sweep's crews leave what Ray Train writes."""
     return sweep / "ray_train"
-
-
-def folder_of(sweep: Path, trial_id: str) -> Path:
-    """The folder of the trial that Ray Tune calls so."""
-    notes = {path.parent: json.loads(path.read_text()) for path in sweep.glob(f"trial-*/{POINT}")}
-    [folder] = [folder for folder, note in notes.items() if note["trial_id"] == trial_id]
-    return folder
 
 
 def conclude(folder: Path, status: str, error: str | None = None) -> None:

@@ -16,7 +16,7 @@ from typing import IO
 
 from orchestrator import checkpoint, launch
 from orchestrator.checkpoint import MANIFEST, Manifest
-from orchestrator.config import RunConfig
+from orchestrator.config import RunConfig, refuse_other_run
 from orchestrator.errors import Interrupted, TrainingError
 from orchestrator.filesystem import Folder
 from orchestrator.launch import Lent
@@ -49,7 +49,7 @@ def trunk_of(trial: RunConfig) -> RunConfig:
 
 def starts_of(space: Space, base: RunConfig, points: Sequence[Point]) -> frozenset[int]:
     """The steps that trials at these points begin after."""
-    return frozenset(space.config(base, point).probe_steps[0] - 1 for point in points)
+    return frozenset(space.config(base, point).uncut_steps for point in points)
 
 
 def saved_after(starts: frozenset[int], steps: int) -> frozenset[int]:
@@ -76,6 +76,7 @@ def branch(
     there, and one that has ended needs none. Waits while another trial extends the trunk.
 
     Raises:
+        UserError: the trunk that is there was trained with another config.
         TrainingError: the trunk did not come as far as step `before`.
         Interrupted: a signal came while it was trained or waited for.
     """
@@ -98,6 +99,7 @@ def branch(
         if source is None:
             return 0  # so early a trial has nothing to gain
         manifest = checkpoint.verify(source)
+        refuse_other_run(trunk, manifest.config)
         step = manifest.step
         folder.mkdir(parents=True, exist_ok=True)
         rows = [row for row in metrics_so_far(trunk.storage / trunk.name) if row["step"] <= step]

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
 
 from orchestrator import mlflow_tracker
-from orchestrator.mlflow_tracker import MlflowTracker
+from orchestrator.config import parse_config
+from orchestrator.mlflow_tracker import MlflowTracker, mlflow_uri
 from orchestrator.tracking import CompositeTracker, JsonlTracker
 from tests.runs import runs_of
 from tests.runs import track as track_in
@@ -177,6 +179,20 @@ def test_a_run_that_was_killed_before_it_had_told_everything_tells_it_when_it_go
     for key, steps in (("train_loss", [1, 2, 3, 4]), ("val_loss", [3])):
         told = client.get_metric_history(run.info.run_id, key)
         assert [(metric.step, metric.value) for metric in told] == [(step, rows[step - 1][key]) for step in steps]
+
+
+def test_the_path_of_a_database_is_this_processs(
+    small_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sweep's trials have other working directories."""
+    config = parse_config(small_run | {"tracking": {}})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///runs/mlflow.db")
+    assert mlflow_uri(config) == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    assert mlflow_uri(config) == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:5000")
+    assert mlflow_uri(config) == "http://localhost:5000"
 
 
 def test_a_full_disk_does_not_keep_the_other_trackers_from_closing(tmp_path: Path) -> None:

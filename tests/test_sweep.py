@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -20,12 +21,16 @@ from click.testing import CliRunner
 from mlflow.entities import Run
 from optuna.trial import TrialState
 from ray import tune
+from ray.tune.search import Searcher
 
+from orchestrator import checkpoint
 from orchestrator.cli import main
 from orchestrator.config import load_config, parse_config
 from orchestrator.errors import UserError
+from orchestrator.pruning import Pruning
 from orchestrator.space import Space, load_space
-from orchestrator.sweep import Pruning, Request, _conclude_rest, _searcher, check, room_for, tune_schedules
+from orchestrator.storage import checkpoints_of
+from orchestrator.sweep import Request, _conclude_rest, _searcher, check, room_for, tune_schedules
 from orchestrator.sweep_report import FEWEST, Outcome, _of_equal_columns, importance, outcomes, pareto
 from orchestrator.terminal import Terminal
 from orchestrator.trial import Sweep, _trial_folder
@@ -100,7 +105,25 @@ def test_what_the_trunk_has_measured_is_not_the_trials(tmp_path: Path) -> None:
     failed = json.dumps({"status": "failed", "error": "diverged"})
     trial_folder(tmp_path, 0, outcome=failed, metrics=metrics, branch='{"step": 8}')
     [trial] = outcomes(tmp_path)
-    assert (trial.trunk_step, trial.last_step, trial.objectives) == (8, 9, {})
+    assert (trial.trunk_step, trial.last_step, trial.objectives, trial.final_dims) == (8, 9, {}, [])
+
+
+def test_a_trial_that_was_pruned_is_in_the_table_as_it_was_then(tmp_path: Path) -> None:
+    """One that has come to its end before it heard of that has finished."""
+    cut = {"step": 9, "val_loss": 2.5, "val_loss_before": 2.0, "states": 12, "d_state_00": 8.0, "d_state_01": 4.0}
+    rows = [
+        {"step": 9, "train_loss": 2.0},
+        cut,
+        {"step": 10, "val_loss": math.nan, "d_state_00": 8.0, "d_state_01": 4.0},
+    ]
+    metrics = "".join(json.dumps(row) + "\n" for row in rows)
+    trial_folder(tmp_path, 0, metrics=metrics).joinpath("pruned").touch()
+    [trial] = outcomes(tmp_path)
+    assert (trial.status, trial.first_cut, trial.final_dims, trial.objectives) == ("pruned", 9, [8, 4], {})
+    summary = {"val_loss_final": 1.5, "val_accuracy_final": None, "final_dims": [4], "train_seconds": 2.0}
+    (tmp_path / "trial-00000" / "summary.json").write_text(json.dumps(summary | {"truncations": []}))
+    (tmp_path / "trial-00000" / "outcome.json").write_text(json.dumps({"status": "finished", "error": None}))
+    assert [trial.status for trial in outcomes(tmp_path)] == ["finished"]
 
 
 def test_a_sweep_that_is_continued_begins_with_what_has_not_ended(tmp_path: Path, small_run: dict[str, Any]) -> None:
@@ -114,22 +137,25 @@ def test_a_sweep_that_is_continued_begins_with_what_has_not_ended(tmp_path: Path
         (folder / "point.json").write_text(json.dumps({"trial_id": "", "start": "", "point": points[number]}))
     sweep = Sweep(parse_config(small_run).model_copy(update={"storage": tmp_path}), load_space("timing"), True, None)
     asked = Request("timing", 4, ("val_loss", "states"), "random", "none", True, True)
-    search = _searcher(sweep.space, asked, points, outcomes(tmp_path), seed=0)
+    search = _searcher(sweep, asked, points, outcomes(tmp_path))
     assert [search.suggest(str(number)) for number in range(3)] == points[1:]
     [known] = search._ot_study.get_trials(states=[TrialState.COMPLETE])
     assert (known.params, known.values) == (points[0], [1.5, 4.0])
     # Each goes on in its own folder, whatever Ray Tune calls it now.
     for point, number in zip(points[1:], (1, 2, 3), strict=True):
         assert _trial_folder(sweep, f"new-{number}", point).name == f"trial-{number:05d}"
+    (tmp_path / "stopping").touch()
+    assert search.suggest("more") == Searcher.FINISHED
 
 
-def test_a_search_that_goes_on_does_not_propose_what_it_has_proposed(tmp_path: Path) -> None:
+def test_a_search_that_goes_on_does_not_propose_what_it_has_proposed(small_run: dict[str, Any]) -> None:
     """TPE begins at random, from a seed."""
     asked = Request("timing", 8, ("val_loss",), "tpe", "none", True, True)
-    first = _searcher(load_space("timing"), asked, [], [], seed=0)
+    sweep = Sweep(parse_config(small_run), load_space("timing"), True, None)
+    first = _searcher(sweep, asked, [], [])
     proposed = [first.suggest(str(number)) for number in range(3)]
     ended = [replace(outcome(1.0, 2.0), point=point) for point in proposed]
-    again = _searcher(load_space("timing"), asked, [], ended, seed=0)
+    again = _searcher(sweep, asked, [], ended)
     assert not any(again.suggest(str(number)) in proposed for number in range(3))
 
 
@@ -221,16 +247,31 @@ def test_a_sweep_that_was_killed_is_continued_and_equals_runs_of_their_own(
 @pytest.mark.long
 @pytest.mark.cluster
 def test_a_sweep_that_was_interrupted_is_continued(timed_cut: dict[str, Any], local_ray: None) -> None:
-    """One whose points are not known beforehand: the trunk goes no further than a trial needs. Several at a time."""
+    """One whose points are not known beforehand: the trunk goes no further than a trial needs. Several at a time.
+
+    Trials save and end though they are far from their next evaluation.
+    """
+    timed_cut["train"] |= {"steps": 600, "eval_every": 600, "checkpoint_every": 600}
     folder = Path(timed_cut["storage"]) / "small-timing"
     options = ["--space", "timing", "--samples", str(TRIALS), "--no-baselines"]
     first = tuned(timed_cut, *options)
-    wait_while_running(first, (folder / "trial-00001" / "metrics.jsonl").exists, "the second trial runs")
+    second = folder / "trial-00001"
+
+    def is_on_its_own() -> bool:
+        branch = second / "branch.json"
+        return branch.exists() and max(losses(second), default=0) > json.loads(branch.read_text())["step"] + 20
+
+    wait_while_running(first, is_on_its_own, "the second trial runs")
     first.send_signal(signal.SIGINT)
     output, errors = first.communicate(timeout=HANGS_S)
     assert first.returncode == 128 + signal.SIGINT, output + errors
     assert errors == "rayduce: sweep small-timing stopped; the same command continues it\n"
-    assert {run.data.tags["status"] for run in family(timed_cut)[1]} <= {"finished", "stopped"}
+    statuses = {run.data.tags["trial"]: run.data.tags["status"] for run in family(timed_cut)[1]}
+    assert set(statuses.values()) <= {"finished", "stopped"}
+    assert statuses[second.name] == "stopped"
+    left = checkpoint.newest(checkpoints_of(second, None))
+    assert left is not None
+    assert checkpoint.read_manifest(left).step > json.loads((second / "branch.json").read_text())["step"] + 20
 
     end_crews()
     config = parse_config(timed_cut)

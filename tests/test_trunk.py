@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator import checkpoint, launch
 from orchestrator.config import RunConfig, parse_config
-from orchestrator.errors import TrainingError
+from orchestrator.errors import TrainingError, UserError
 from orchestrator.launch import Lent
 from orchestrator.storage import checkpoints_of
 from orchestrator.trunk import branch, trunk_of
@@ -30,7 +30,7 @@ def trial(small_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> RunConf
         for step in sorted(lent.save_after | {lent.until or 0}):
             if step > DIVERGES_AT:
                 raise TrainingError("diverged")
-            write(place, step)
+            write(place, step, config=config.model_dump(mode="json"))
 
     monkeypatch.setattr(launch, "train", train)
     return parse_config(small_run)
@@ -56,6 +56,13 @@ def test_a_trunk_that_fails_later_on_is_still_a_beginning_for_earlier_cuts(trial
     assert begun(trial, "second", 6, saved={2, 6, 10}, ahead=10) == 6
     with pytest.raises(TrainingError, match="diverged"):
         begun(trial, "third", 10)
+
+
+def test_a_trunk_of_another_config_is_nobodys_beginning(trial: RunConfig) -> None:
+    """Though a space may look, at its edges, as if all trials began alike."""
+    begun(trial, "first", 4)
+    with pytest.raises(UserError, match=r"trunk cannot continue with another value of seed \(was 0, is 5\)"):
+        begun(trial.model_copy(update={"seed": 5}), "second", 4)
 
 
 def test_what_is_saved_is_not_trained_again(trial: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
