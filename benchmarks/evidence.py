@@ -2,7 +2,7 @@
 
     python -m benchmarks.evidence run scores [--only "text, mamba"]    train what is not in the results yet
     python -m benchmarks.evidence table scores                         the means over all seeds
-    python -m benchmarks.evidence gather comparison_digits_400 runs/digits_lru-compare    keep rows of `rayduce compare`
+    python -m benchmarks.evidence gather comparison_digits_400 runs/quick-compare    keep the rows of `make compare`
     python -m benchmarks.evidence table comparison_digits_400          the means of those
 
 `gather` takes several folders, and puts together seeds that were trained in different places.

@@ -51,8 +51,9 @@ def test_any_number_of_workers_sees_the_same_batches(
         parts = [rows(folder, seq_len, step, rank, workers) for rank in range(workers)]
         assert torch.equal(torch.cat([part.inputs for part in parts]), alone.inputs)
         assert torch.equal(torch.cat([part.targets for part in parts]), alone.targets)
-        for half in [half for part in parts for half in part.split(2)]:
-            assert torch.equal(alone.targets[half.first : half.first + len(half.targets)], half.targets)
+        for part in parts:
+            for half in part.split(2):
+                assert torch.equal(alone.targets[half.first : half.first + len(half.targets)], half.targets)
 
 
 @pytest.mark.parametrize(("kind", "seq_len"), [("text", 32), ("digits", None), ("recall", 20)])
