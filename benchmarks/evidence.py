@@ -14,7 +14,7 @@ each branches off at its first probe.
 
 from __future__ import annotations
 
-import json
+import fcntl
 import multiprocessing
 import os
 import statistics
@@ -120,12 +120,12 @@ STUDIES: dict[str, dict[tuple[str, str], list[Variant]]] = {
 
 
 def main(command: str, study: str, *options: str) -> None:
-    path = RESULTS / f"{study}.jsonl"
+    path = RESULTS / f"{study}.parquet"
     if command == "gather":
-        gather(RESULTS / f"{study}.parquet", [Path(folder) for folder in options])
+        gather(path, [Path(folder) for folder in options])
         return
     if command == "table":
-        print(table(study, _read(path)) if study in STUDIES else compared(RESULTS / f"{study}.parquet"))
+        print(table(study, _read(path)) if study in STUDIES else compared(path))
         return
     only = options[1] if options else ""
     done = {(row["task"], row["model"], row["seed"], row["variant"]) for row in _read(path)}
@@ -160,14 +160,23 @@ def _train_group(job: tuple[str, str, int, list[Variant]], path: Path) -> None:
     trunk = Trunk(base)
     for variant in sorted(variants, key=lambda variant: trunk.first_probe(variant)):
         result = trunk.branch(variant)
-        row = {"task": task, "model": model, "seed": seed, "variant": variant.name, **result}
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        _add(path, {"task": task, "model": model, "seed": seed, "variant": variant.name, **result})
         print(f"{task}, {model}, seed {seed} {variant.name}: {result}", flush=True)
 
 
 def _read(path: Path) -> list[Json]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return pq.read_table(path).to_pylist() if path.exists() else []
+
+
+def _add(path: Path, row: Json) -> None:
+    """Write the table anew with one row more; what a variant has no value of is null."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)  # the other worker may have a row, too
+        rows = [*_read(path), row]
+        write_rows(path, [{column: row.get(column) for column in (*ROW, *COLUMNS)} for row in rows])
+    finally:
+        os.close(folder)
 
 
 def table(study: str, rows: list[Json]) -> str:
@@ -205,6 +214,7 @@ def compared(path: Path) -> str:
     return markdown([Row(**row) for row in pq.read_table(path).to_pylist()], METHODS)
 
 
+ROW = ("task", "model", "seed", "variant", "dims")
 COLUMNS = {
     "steps_cut": "cut at step",
     "output_error": "output error",
