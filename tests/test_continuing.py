@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -18,13 +20,16 @@ import pytest
 import torch
 import yaml
 from mlflow import MlflowClient
+from safetensors.torch import load_file, save_file
 
 from compression.plan import StateSelection
+from orchestrator import checkpoint
+from orchestrator.checkpoint import MANIFEST
 from orchestrator.config import RunConfig, Workers, parse_config
 from orchestrator.data.sources import TextFiles
-from orchestrator.errors import UserError
+from orchestrator.errors import TrainingError, UserError
 from orchestrator.mlflow_tracker import MLFLOW_RUN
-from orchestrator.storage import run_folder
+from orchestrator.storage import checkpoints_of, run_folder
 from tests.chaos.harness import Points
 from tests.conftest import small_run as small_run_fixture
 from tests.runs import (
@@ -79,6 +84,8 @@ def test_what_is_dropped_follows_from_the_step(small_run: dict[str, Any], alone:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path, empty_store: Path, local_ray: None) -> Finished:
     raw = small_run_fixture.__wrapped__(tmp_path_factory.mktemp("run"), corpus)
+    raw["model"]["dropout"] = 0.1
+    raw["truncation"] |= {"lr_factor": 0.5, "batch_factor": 2}
     config = parse_config(track(raw, empty_store))  # copies of the run have the same database
     train(config)
     return config, config.storage / config.name
@@ -104,6 +111,7 @@ def same_end(folder: Path, reference: Path, step: int) -> bool:
 
 
 def test_continuing_equals_never_having_stopped(finished: Finished, tmp_path: Path) -> None:
+    """The pace after the cuts, what is dropped and the order of the data included."""
     _, reference = finished
     config, folder = interrupted(finished, tmp_path, after=5)
     summary = train(config)
@@ -132,6 +140,27 @@ def test_a_run_continues_with_other_workers_and_at_another_stage(
         assert isinstance(theirs.reduction, StateSelection)
         assert ours.reduction.kept == theirs.reduction.kept
     assert losses(folder) == pytest.approx(losses(reference), rel=1e-4)
+
+
+def test_a_state_that_is_no_number_is_never_saved(finished: Finished, tmp_path: Path) -> None:
+    """Though losses and gradients are: a second moment that is infinite holds its parameter where it is."""
+    config, folder = interrupted(finished, tmp_path, after=5)
+    path = checkpoint.at(checkpoints_of(folder, None), 5)
+    manifest = checkpoint.verify(path)
+    shards = []
+    for shard in manifest.shards:
+        file = Path(path.path, shard.file)
+        tensors = load_file(file)
+        moment = next(tensor for key, tensor in tensors.items() if key.startswith("exp_avg_sq:"))
+        moment.view(-1)[0] = math.inf
+        save_file(tensors, file)
+        shards.append(shard.model_copy(update={"sha256": hashlib.sha256(file.read_bytes()).hexdigest()}))
+    Path(path.path, MANIFEST).write_text(manifest.completed(shards).model_dump_json())
+    with pytest.raises(
+        TrainingError, match=r"a parameter or moment after step 7 is no number; train\.lr may be too high"
+    ):
+        train(config)
+    assert checkpoint.complete_steps(checkpoints_of(folder, None)) == [3, 5]
 
 
 def test_a_run_without_a_complete_checkpoint_starts_over(finished: Finished, tmp_path: Path) -> None:

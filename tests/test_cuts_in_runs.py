@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,25 @@ def test_a_cut_that_hurts_is_taken_back(small_run: dict[str, Any], local_ray: No
     ours, theirs = weights(folder), weights(uncut)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert not list((folder / "checkpoints").glob("uncut*"))
+
+
+@pytest.mark.cluster
+def test_a_cut_after_which_training_diverges_is_taken_back(
+    small_run: dict[str, Any], local_ray: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """At once, whatever the patience; and with the learning rate that was before it."""
+    small_run |= {"data": {"source": "digits"}, "model": {"kind": "lru", "n_layers": 2, "d_model": 16, "d_state": 16}}
+    small_run["train"] |= {"steps": 110, "batch_size": 40, "eval_every": 110, "checkpoint_every": 90}
+    diverges = {"target": {"dim": 1}, "steps": [100], "score": "smallest", "lr_factor": 1e30}
+    diverges |= {"guard": {"tolerance": 0, "patience": 9}}
+    folder, summary = finished(
+        small_run, name="guarded", truncation=diverges | {"guard": {"tolerance": 0, "patience": 9}}
+    )
+    assert re.search(r"rolled back to step 100: the .* is no number", capfd.readouterr().out)
+    uncut, _ = finished(small_run, name="uncut", truncation=None)
+    assert [cut["rolled_back"] for cut in summary["truncations"]] == [True]
+    assert summary["final_dims"] == [16, 16]
+    assert losses(folder) == losses(uncut)
 
 
 @pytest.mark.cluster

@@ -319,6 +319,19 @@ def test_more_workers_than_cores_are_refused(small_run: dict[str, Any], local_ra
     assert list(Path(small_run["storage"]).iterdir()) == []  # nothing was started, nothing is left
 
 
+def test_another_series_of_deepspeed_is_refused(
+    small_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything starts: its inner attributes may be others."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "deepspeed-1.0.0.dist-info").mkdir()
+    (tmp_path / "deepspeed-1.0.0.dist-info" / "METADATA").write_text("Name: deepspeed\nVersion: 1.0.0\n")
+    sentence = r"DeepSpeed 1\.0\.0 is installed, but Rayduce works with 0\.\d+ alone: pip install"
+    with pytest.raises(UserError, match=sentence):
+        launch.train(parse_config(small_run))
+    assert not Path(small_run["storage"]).exists()
+
+
 def test_diverged_training_fails_in_one_sentence(small_run: dict[str, Any], local_ray: None) -> None:
     small_run["train"] |= {"lr": 1e30, "warmup": 0, "grad_clip": 0}
     sentence = r"training failed after step 2: .*the training loss of step 2 is no number; train\.lr may .*ray\.log"

@@ -238,6 +238,16 @@ def test_a_gradient_that_is_no_number_is_seen_on_every_worker(
     assert found[0][1][0] == pytest.approx(found[1][1][0])
 
 
+def mean_with_one_that_is_no_number(rank: int) -> list[float]:
+    return Group(rank, 2, torch.device("cpu")).mean([math.nan if rank == 1 else 1.0, 1.0 + rank])
+
+
+def test_a_loss_that_is_no_number_on_one_worker_is_none_on_any(pair: Pair) -> None:
+    for spoilt, other in pair(mean_with_one_that_is_no_number):
+        assert math.isnan(spoilt)
+        assert other == 1.5
+
+
 def pass_around(rank: int, configs: list[RunConfig]) -> list[bool]:
     """A state through engines of all these configs, a step in each: is it bit by bit what it was?"""
     from orchestrator.engine import Engine
@@ -319,6 +329,12 @@ def resident_mib() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+def peak_mib() -> float:
+    """The highest resident memory since the peak last started again."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) / 2**10
+
+
 def return_freed_memory_at_once() -> None:
     """Map every tensor of 64 KiB or more by itself (glibc's M_MMAP_THRESHOLD): what is resident is then in use."""
     assert ctypes.CDLL(None).mallopt(-3, 2**16) == 1
@@ -362,8 +378,7 @@ def peak_of_a_cut(rank: int, config: RunConfig) -> tuple[float, float]:
     before = resident_mib()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     engine.reshape(plan_to(engine, 1, 4))
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    peak = int(status["VmHWM"].split()[0]) / 2**10
+    peak = peak_mib()
     whole = 3 * 4 * engine.parameter_count / 2**20
     engine.close()
     return peak - before, whole
@@ -378,6 +393,38 @@ def test_under_zero_3_a_cut_holds_one_layer_at_a_time(pair: Pair) -> None:
     layers = 16
     model = config.model.model_copy(update={"d_model": 384, "n_layers": layers})
     for peak, whole in pair(peak_of_a_cut, config.model_copy(update={"model": model})):
+        assert peak <= whole / 2 + 1.5 * whole / layers
+
+
+def peak_of_a_model(rank: int, config: RunConfig) -> tuple[float, float]:
+    """How many MiB a new model adds to the resident memory at its peak, without the optimizer, and how large it is."""
+    import deepspeed
+
+    from orchestrator.engine import Engine
+
+    return_freed_memory_at_once()
+    before, peaks, initialize = resident_mib(), [], deepspeed.initialize
+
+    def initialize_and_tell(**arguments: Any) -> Any:
+        peaks.append(peak_mib())
+        return initialize(**arguments)
+
+    Path("/proc/self/clear_refs").write_text("5")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deepspeed, "initialize", initialize_and_tell)
+        engine = Engine(config, TASK, config.model.state_dims, Group(rank, 2, torch.device("cpu")))
+    whole = 4 * engine.parameter_count / 2**20
+    engine.close()
+    [peak] = peaks
+    return peak - before, whole
+
+
+def test_under_zero_3_a_model_is_built_one_layer_at_a_time(pair: Pair) -> None:
+    """As after a cut: never whole on any rank, but for the half that it keeps."""
+    config = config_of("mamba", cluster={"zero_stage": 3})
+    layers = 16
+    model = config.model.model_copy(update={"d_model": 384, "n_layers": layers})
+    for peak, whole in pair(peak_of_a_model, config.model_copy(update={"model": model})):
         assert peak <= whole / 2 + 1.5 * whole / layers
 
 

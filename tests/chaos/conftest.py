@@ -1,33 +1,38 @@
-"""The table that `make chaos` ends with."""
+"""The tables that `make chaos` ends with."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import zip_longest
+from statistics import median
 
 import pytest
 
 PROPERTY = "chaos"
-HEAD = ("killed", "seconds", "recovered, and ended as undisturbed")
+HEAD = ("case", "recovered", "seconds", "losses and final state equal")
 
 Told = Callable[..., AbstractContextManager[list[float]]]
 
 
 @pytest.fixture
 def told(record_property: Callable[[str, object], None]) -> Told:
-    """A block that tells of these cases, whichever way it ends; it fills a list with seconds from kill to new group."""
+    """A block that tells of these cases, whichever way it ends; it fills a list with seconds from kill to new group.
+
+    A case has recovered if there was one, or the block came to its end, which it does where all is as it should be.
+    """
 
     @contextmanager
     def block(*cases: str) -> Iterator[list[float]]:
         seconds: list[float] = []
-        end = "NO"
+        equal = "NO"
         try:
             yield seconds
-            end = "yes"
+            equal = "yes"
         finally:
             for case, took in zip_longest(cases, seconds):
-                record_property(PROPERTY, (case, "" if took is None else f"{took:.0f}", end))
+                recovered = equal if took is None else "yes"
+                record_property(PROPERTY, (case, recovered, "" if took is None else f"{took:.0f}", equal))
 
     return block
 
@@ -39,4 +44,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if rows:
         terminalreporter.section("chaos")
         for row in [HEAD, *rows]:
-            terminalreporter.write_line("{:<72} {:>8}  {}".format(*row))
+            terminalreporter.write_line("{:<72} {:<9}  {:>7}  {}".format(*row))
+        terminalreporter.section("chaos: seconds from a kill until another group of workers began")
+        by_victim: dict[str, list[int]] = {}
+        for case, _, seconds, _ in rows:
+            if seconds:
+                by_victim.setdefault(case.split(", ")[1], []).append(int(seconds))
+        for victim, took in by_victim.items():
+            spread = f"median {median(took):.0f}, {min(took)} to {max(took)}"
+            terminalreporter.write_line(f"{victim:<16} {len(took):>3} kills: {spread}")

@@ -119,7 +119,8 @@ def disturbed(raw: dict[str, Any], strikes: Iterable[Strike], seconds: list[floa
             drivers.append(driver)
         another = functools.partial(began, attempts, attempt, driver)
         wait_until(another, f"another group after {strike}")
-        seconds.append(time.monotonic() - struck)
+        if attempts.read_text() != attempt:
+            seconds.append(time.monotonic() - struck)
     output, errors = driver.communicate(timeout=HANGS_S)
     # Of a killed driver's, Ray's own agents take longest: they ask for a while where the rest has gone.
     wait_until(lambda: not any(alive_in(ended.pid) for ended in drivers), "all processes end", within=120)

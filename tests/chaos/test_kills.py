@@ -88,7 +88,7 @@ def test_whoever_dies_while_a_checkpoint_goes_to_a_store(
     # Each at a checkpoint of its own: those who live on may complete it.
     steps = dict(zip(VICTIMS, (2, 4, 6, 8, 10), strict=True))
     strikes = [Strike(victim, "write", f"step-{step:08d}") for victim, step in steps.items()]
-    with told(*(f"ZeRO-2, {victim}, while its checkpoint goes to S3" for victim in steps)) as seconds:
+    with told(*(f"ZeRO-2, S3, {victim}, while its checkpoint goes there" for victim in steps)) as seconds:
         outcome = disturbed(tracked, strikes, seconds)
         assert outcome.code == 0, outcome.output + outcome.errors
         assert_ended_like(tracked, reference)
@@ -143,7 +143,7 @@ def test_after_too_many_failures_the_same_command_continues(
     tracked: dict[str, Any], undisturbed: Callable[[int], Path], told: Told
 ) -> None:
     tracked["cluster"]["max_failures"] = 0
-    with told("ZeRO-2, worker, once too often; the command is given again"):
+    with told("ZeRO-2, worker once too often; the command is given again"):
         outcome = disturbed(tracked, [Strike("worker", *POINTS["once the plan is agreed"])], [])
         assert outcome.code == 1
         (sentence,) = outcome.errors.splitlines()
