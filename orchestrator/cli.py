@@ -91,7 +91,13 @@ def train(config: Path, overrides: tuple[str, ...]) -> None:
     help="val_loss, val_accuracy, states or train_seconds; several make a Pareto search. The first chooses the best.",
 )
 @click.option("--search", type=click.Choice(["tpe", "random", "grid"]), default="tpe", show_default=True)
-@click.option("--pruning", type=click.Choice(["none", "asha", "median"]), default="none", show_default=True)
+@click.option(
+    "--pruning",
+    type=click.Choice(["none", "asha", "median"]),
+    default="none",
+    show_default=True,
+    help="Which trials end early, after their cuts: all but the best of every four, or those worse than the median.",
+)
 @click.option("--share/--no-share", default=True, help="Train once what trials have in common up to their first cuts.")
 @click.option("--baselines/--no-baselines", default=True, help="Train full size and the best size from scratch too.")
 @click.option("--concurrent", type=int, metavar="N", help="Trials at a time, where the cluster grows to hold them.")

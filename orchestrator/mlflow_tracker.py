@@ -43,6 +43,8 @@ class Nesting:
     tags: Mapping[str, str]
     pruned: Path | None = None
     """A file that is there if the run was pruned, and not just stopped."""
+    to_its_end: bool = True
+    """Or no further than where it is judged, and pruned unless it goes on later."""
 
 
 class MlflowTracker:
@@ -78,6 +80,7 @@ class MlflowTracker:
         self._warn = warn
         self._tags = dict(nesting.tags) if nesting else {}
         self._pruned = nesting.pruned if nesting else None
+        self._to_its_end = nesting is None or nesting.to_its_end
         if nesting and nesting.parent_run_id:
             self._tags["mlflow.parentRunId"] = nesting.parent_run_id
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
@@ -111,9 +114,11 @@ class MlflowTracker:
 
     def close(self, status: str) -> None:
         self._jobs.put(self._send_metrics)
+        judged = status == "FINISHED" and not self._to_its_end
+        status = "KILLED" if judged else status
         if self._tags:
             # One that was to be pruned may have come to its end before it heard of that.
-            pruned = status != "FINISHED" and self._pruned is not None and self._pruned.exists()
+            pruned = judged or (status != "FINISHED" and self._pruned is not None and self._pruned.exists())
             self._jobs.put(lambda: self._tag("status", "pruned" if pruned else _TOLD[status]))
         self._jobs.put(lambda: self._client.set_terminated(self._connected_run(), status=status))
         self._jobs.put(None)

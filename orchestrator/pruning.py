@@ -1,24 +1,26 @@
-"""Which trials of a sweep are stopped early: Ray Tune's schedulers, which here judge by what the folders hold.
+"""Which trials of a sweep do not come to their end, judged by what their folders hold.
 
-So a sweep that was interrupted is judged as one that was not.
+So a sweep that was interrupted is judged as one that was not. Under ASHA every trial ends at the rung, and the search
+has the best go on from there; median stopping is Ray Tune's scheduler.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.schedulers import FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from orchestrator.config import RunConfig
-from orchestrator.run_folder import Json
+from orchestrator.run_folder import Json, write_whole
 from orchestrator.space import Point, Space
-from orchestrator.sweep_report import measurements, measurements_of_ended
-from orchestrator.trial import FOLDER, OBJECTIVES
+from orchestrator.sweep_report import measurements, measurements_of_ended, trials_of
+from orchestrator.trial import FOLDER, OBJECTIVES, POINT, PROMOTED, PRUNED, Sweep, status_of
 
 Pruning = Literal["none", "asha", "median"]
-# A trial is first judged after this share of the training, and the best quarter goes on.
+# A trial is first judged after this share of the training. Under ASHA one of so many goes on.
 GRACE, REDUCTION = 0.25, 4
 
 
@@ -27,51 +29,57 @@ def first_judged(space: Space, config: RunConfig, points: Sequence[Point]) -> in
     return max(int(GRACE * config.train.steps), space.latest_cut(config, points)) + 1
 
 
-def scheduler_of(pruning: Pruning, base: RunConfig, grace: int, objective: str) -> TrialScheduler:
-    """What judges trials by an objective from step `grace` on. `base.storage` is the sweep's folder."""
-    if pruning == "none":
+def rung_of(grace: int, eval_every: int) -> int:
+    """The step of the first evaluation from which trials are judged."""
+    return -(-grace // eval_every) * eval_every
+
+
+def at_rung(sweep: Path, objective: str, rung: int) -> dict[str, float]:
+    """By name, what every trial that came to the rung had there."""
+    rows = {trial.name: measurements(trial, objective) for trial in trials_of(sweep)}
+    return {name: row[objective] for name, found in rows.items() for row in found if row["step"] == rung}
+
+
+def promoted(sweep: Path) -> list[Path]:
+    """The folders of the trials that do not end at the rung, but for those that have failed."""
+    return [trial for trial in trials_of(sweep) if (trial / PROMOTED).exists() and status_of(trial)[0] != "failed"]
+
+
+def promote(sweep: Path, objective: str, rung: int) -> Point | None:
+    """Have the best of the trials that wait at the rung go on, if enough are there to choose among; its point.
+
+    ASHA (Li et al., MLSys 2020, algorithm 2) with the delay of Hyper-Tune (Li et al., VLDB 2022, D-ASHA): one goes on
+    when REDUCTION have come to the rung, or failed, for each that does. Without the delay all go on who are among the
+    best quarter at any time, which of few trials are many more than a quarter.
+    """
+    trials = trials_of(sweep)
+    statuses = {trial: status_of(trial)[0] for trial in trials}
+    going_on = promoted(sweep)
+    judged = [trial for trial in trials if statuses[trial] != "running" or trial in going_on]
+    if REDUCTION * (len(going_on) + 1) > len(judged):
+        return None
+    values = at_rung(sweep, objective, rung)
+    sign = 1 if OBJECTIVES[objective] == "min" else -1
+    waiting = [trial for trial in trials if statuses[trial] == "pruned"]
+    best = min(waiting, key=lambda trial: sign * values[trial.name], default=None)
+    if best is None:
+        return None
+    note = json.loads((best / POINT).read_text())
+    # Whoever takes up this point next goes on here.
+    write_whole(best / POINT, json.dumps(note | {"start": None}) + "\n")
+    (best / PRUNED).rename(best / PROMOTED)
+    point: Point = note["point"]
+    return point
+
+
+def scheduler_of(pruning: Pruning, sweep: Sweep, points: Sequence[Point], objective: str) -> TrialScheduler:
+    """What Ray Tune judges trials at these points by."""
+    if pruning != "median":
         return FIFOScheduler()
+    base = sweep.base
+    grace = first_judged(sweep.space, base, points)
     which: dict[str, Any] = {"time_attr": "step", "metric": objective, "mode": OBJECTIVES[objective]}
-    kind = Halving if pruning == "asha" else MedianRule
-    return kind(base.storage, grace, base.train.steps, **which)
-
-
-class Halving(ASHAScheduler):  # type: ignore[misc]
-    """One rung, at which each trial is judged by what it had there, be it in an earlier start of the sweep."""
-
-    def __init__(self, sweep: Path, grace: int, steps: int, **which: Any) -> None:
-        super().__init__(
-            max_t=max(grace, steps - 1),  # at the last step there is nothing left to stop
-            grace_period=grace,
-            reduction_factor=REDUCTION,
-            stop_last_trials=False,
-            **which,
-        )
-        self._sweep, self._grace, self._steps = sweep, grace, steps
-        ended = measurements_of_ended(sweep, self._metric)
-        [(_, recorded)] = self._brackets[0]._rungs
-        recorded |= {
-            name: self._metric_op * self._at_the_rung(rows) for name, rows in ended.items() if rows[-1]["step"] >= grace
-        }
-
-    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if result["step"] >= self._steps:
-            return str(self.CONTINUE)  # to its own end
-        decision: str = super().on_trial_result(controller, trial, self._judged(result))
-        return decision
-
-    def on_trial_complete(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        super().on_trial_complete(controller, trial, self._judged(result))
-
-    def _judged(self, result: dict[str, Any]) -> dict[str, Any]:
-        """With the objective as it was at the rung, once it has been there."""
-        if result["step"] < self._grace:
-            return result
-        rows = measurements(self._sweep / result[FOLDER], self._metric)
-        return result | {self._metric: self._at_the_rung([*rows, result])}
-
-    def _at_the_rung(self, rows: Sequence[Json]) -> float:
-        return float(next(row[self._metric] for row in rows if row["step"] >= self._grace))
+    return MedianRule(base.storage, grace, base.train.steps, **which)
 
 
 class MedianRule(MedianStoppingRule):  # type: ignore[misc]

@@ -5,7 +5,6 @@ A sweep's folder holds its trials' folders, the trunk that they share, and what 
 
 from __future__ import annotations
 
-import math
 import shutil
 import threading
 import time
@@ -18,11 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import optuna
 from ray import tune
 from ray.exceptions import RayError
-from ray.tune.search import ConcurrencyLimiter, Searcher
-from ray.tune.search.optuna import OptunaSearch
+from ray.tune.search import ConcurrencyLimiter
 
 from orchestrator import launch
 from orchestrator.collection import below, parent_run, refuse_another_request, remember_request
@@ -33,12 +30,13 @@ from orchestrator.errors import Interrupted, TrainingError, UserError
 from orchestrator.failures import in_a_line
 from orchestrator.launch import Lent
 from orchestrator.mlflow_tracker import Nesting, mlflow_command, mlflow_tracker
-from orchestrator.pruning import Pruning, first_judged, scheduler_of
+from orchestrator.pruning import REDUCTION, Pruning, first_judged, promoted, rung_of, scheduler_of
 from orchestrator.ray_cluster import HERE, cluster_address, ray_cluster, workers_that_fit
 from orchestrator.report import write_report
 from orchestrator.run_folder import metrics_so_far, write_whole
+from orchestrator.search import searcher
 from orchestrator.signals import stop_request
-from orchestrator.space import Point, Space, load_space, optuna_space
+from orchestrator.space import Point, Space, load_space
 from orchestrator.storage import hold_folder
 from orchestrator.sweep_report import (
     COLUMNS,
@@ -104,6 +102,8 @@ def tune_schedules(config: RunConfig, request: Request) -> dict[str, Any]:
         base = below(config, folder)
         # Baselines may be asked for later, and the cluster may be another; a space's file may have been edited.
         asked = asdict(request) | {"baselines": None, "concurrent": None, "knobs": space.contents()}
+        if request.pruning != "none":  # which would be at other steps
+            asked["train.eval_every"] = base.train.eval_every
         refuse_another_request(folder, base, asked)
         prepare(config.data, config.data_root)
         terminal = stack.enter_context(chatter_to(folder / "logs" / "ray.log"))
@@ -121,9 +121,11 @@ def tune_schedules(config: RunConfig, request: Request) -> dict[str, Any]:
         known = [*points, *(space.edges() if request.baselines else [])]
         ahead = max(starts_of(space, base, known), default=0)
         saved = saved_after(starts_of(space, base, points), base.train.steps)
-        sweep = Sweep(base, space, shared, tracker.run_id if tracker is not None else None, saved, ahead)
-        total = len(points) if request.search != "tpe" else request.samples
-        assert total is not None
+        parent = tracker.run_id if tracker is not None else None
+        asha = request.pruning == "asha"
+        rung = rung_of(first_judged(space, base, points), base.train.eval_every) if asha else None
+        sweep = Sweep(base, space, shared, parent, saved, ahead, rung)
+        total = _total(request, points)
         terminal.line(f"sweep {folder.name}: {total} trials, {at_a_time} at a time; {', '.join(request.objectives)}")
         _conclude_rest(sweep, _run(sweep, request, points, total, at_a_time, terminal), terminal)
         found = outcomes(folder)
@@ -182,14 +184,29 @@ def check(config: RunConfig, request: Request) -> tuple[Space, list[Point]]:
         points = [space.random_point(generator) for _ in range(request.samples or 0)]
     for point in points:
         space.config(config, point)
+    if request.pruning == "asha" and (total := _total(request, points)) < REDUCTION:
+        raise UserError(
+            f"--pruning asha has one of {REDUCTION} trials come to its end: {total} trials must be {REDUCTION} or more"
+        )
     if request.pruning != "none":
+        trains = [space.config(config, point).train for point in (*points, *space.edges())]
+        if {(own.steps, own.eval_every) for own in trains} != {(config.train.steps, config.train.eval_every)}:
+            raise UserError(
+                f"--pruning {request.pruning} compares trials at the same steps: space {space.name} must not set "
+                "train.steps or eval_every"
+            )
         grace, every = first_judged(space, config, points), config.train.eval_every
-        if -(-grace // every) * every >= config.train.steps:
+        if rung_of(grace, every) >= config.train.steps:
             raise UserError(
                 f"--pruning {request.pruning} judges trials by an evaluation after step {grace - 1}, when all have "
                 f"been cut: with train.eval_every {every} there is none before the last step {config.train.steps}"
             )
     return space, points
+
+
+def _total(request: Request, points: Sequence[Point]) -> int:
+    """How many trials a sweep has."""
+    return len(points) or request.samples or 0
 
 
 def room_for(config: RunConfig) -> int:
@@ -212,17 +229,18 @@ def _run(
     trainable = tune.with_resources(tune.with_parameters(Trial, sweep=sweep), resources)
     begun = outcomes(folder)
     left = total - sum(outcome.status not in AGAIN for outcome in begun)
-    if left == 0:
+    may_go_on = total if sweep.rung is not None else 0  # each once
+    if left == 0 and (may_go_on == 0 or len(promoted(folder)) >= total // REDUCTION):
         return []
     if begun:
         terminal.line("continuing the sweep: trials that have finished or were pruned are not repeated")
     stopping = folder / STOPPING
     stopping.unlink(missing_ok=True)
-    search = ConcurrencyLimiter(_searcher(sweep, request, points, begun), at_a_time)
-    scheduler = scheduler_of(
-        request.pruning, sweep.base, first_judged(sweep.space, sweep.base, points), request.objectives[0]
+    search = ConcurrencyLimiter(searcher(sweep, request.objectives, points, begun, left), at_a_time)
+    scheduler = scheduler_of(request.pruning, sweep, points, request.objectives[0])
+    tune_config = tune.TuneConfig(
+        search_alg=search, scheduler=scheduler, num_samples=left + may_go_on, reuse_actors=True
     )
-    tune_config = tune.TuneConfig(search_alg=search, scheduler=scheduler, num_samples=left, reuse_actors=True)
     # What is to be remembered is in the trials' folders, a run's own checkpoints among it.
     experiment = folder / "tune"
     for left_over in (experiment, workers_of(folder)):
@@ -250,50 +268,10 @@ def _run(
         ) from error
 
 
-class _Search(OptunaSearch):  # type: ignore[misc]
-    """Proposes nothing any more once a signal wants the sweep to end."""
-
-    def __init__(self, stopping: Path, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._stopping = stopping
-
-    def suggest(self, trial_id: str) -> Any:
-        return Searcher.FINISHED if self._stopping.exists() else super().suggest(trial_id)
-
-
-def _searcher(sweep: Sweep, request: Request, points: Sequence[Point], begun: Sequence[Outcome]) -> Searcher:
-    """What proposes points and knows what came of those that have ended: first those that begin once more."""
-    space = sweep.space
-    modes = [OBJECTIVES[objective] for objective in request.objectives]
-    directions = ["minimize" if mode == "min" else "maximize" for mode in modes]
-    storage, distributions = optuna.storages.InMemoryStorage(), optuna_space(space)
-    study = optuna.create_study(storage=storage, study_name=space.name, directions=directions)
-    again, fresh = [], list(points)
-    for outcome in begun:
-        if outcome.point in fresh:
-            fresh.remove(outcome.point)
-        values = [outcome.objectives.get(objective, math.nan) for objective in request.objectives]
-        if outcome.status in AGAIN:
-            again.append(outcome.point)
-        elif all(map(math.isfinite, values)):
-            study.add_trial(optuna.trial.create_trial(params=outcome.point, distributions=distributions, values=values))
-    return _Search(
-        sweep.base.storage / STOPPING,
-        space=distributions,
-        metric=list(request.objectives),
-        mode=modes,
-        points_to_evaluate=again + fresh or None,
-        storage=storage,
-        study_name=space.name,
-        # As NumPy takes them; what is drawn at random must not be drawn again.
-        seed=(sweep.base.seed + len(begun)) % 2**32,
-    )
-
-
 class _Judgement(tune.Callback):  # type: ignore[misc]
     """Leaves in a trial's folder that the sweep's pruning ends it, before its process hears of it.
 
-    And gives back what the workers of a trial occupied whose process has died, for the next one to begin.
+    And that its process has died, and gives back what its workers occupied, for the next one to begin.
     """
 
     def __init__(self, sweep: Path) -> None:
@@ -307,6 +285,9 @@ class _Judgement(tune.Callback):  # type: ignore[misc]
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: object) -> None:
         release_dead(workers_of(self._sweep))
+        for folder, trial_id in left_open(self._sweep):
+            if trial_id == trial.trial_id and not (folder / OUTCOME).exists():
+                conclude(folder, "failed", _last_words(trial))
 
 
 def _conclude_rest(sweep: Sweep, trials: Sequence[tune.experiment.Trial], terminal: Terminal) -> None:

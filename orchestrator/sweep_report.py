@@ -78,14 +78,19 @@ class Outcome:
         return {"trial": self.trial, "status": self.status} | self.point | self.objectives | steps | end
 
 
+def trials_of(folder: Path) -> list[Path]:
+    """The folders of a sweep's trials, in their order."""
+    return sorted(path for path in folder.glob("trial-*") if (path / POINT).exists())
+
+
 def statuses(folder: Path) -> list[str]:
     """Of every trial that has begun: finished, pruned, failed or running."""
-    return [status_of(trial)[0] for trial in _trials(folder)]
+    return [status_of(trial)[0] for trial in trials_of(folder)]
 
 
 def left_open(folder: Path) -> list[tuple[Path, str]]:
     """Folder and Ray Tune's id of every trial whose process has not said how it ended, or that ended without a page."""
-    return [(trial, _begun(trial)["trial_id"]) for trial in _trials(folder) if _is_open(trial)]
+    return [(trial, _begun(trial)["trial_id"]) for trial in trials_of(folder) if _is_open(trial)]
 
 
 def measurements(trial: Path, objective: str) -> list[Json]:
@@ -95,18 +100,18 @@ def measurements(trial: Path, objective: str) -> list[Json]:
 
 def measurements_of_ended(folder: Path, objective: str) -> dict[str, list[Json]]:
     """By name, those of every trial that has finished or was pruned, if there are any."""
-    found = {trial.name: measurements(trial, objective) for trial in _trials(folder) if _has_ended(trial)}
+    found = {trial.name: measurements(trial, objective) for trial in trials_of(folder) if _has_ended(trial)}
     return {name: rows for name, rows in found.items() if rows}
 
 
 def outcomes(folder: Path) -> list[Outcome]:
     """All trials of a sweep, in their order."""
-    return [_outcome(trial) for trial in _trials(folder)]
+    return [_outcome(trial) for trial in trials_of(folder)]
 
 
 def best_so_far(folder: Path, objective: str, mode: str) -> tuple[str, float] | None:
     """The finished trial that is best in one objective, and its value there."""
-    finished = [trial for trial in _trials(folder) if status_of(trial)[0] == "finished"]
+    finished = [trial for trial in trials_of(folder) if status_of(trial)[0] == "finished"]
     values = {trial.name: final(json.loads((trial / "summary.json").read_text()))[objective] for trial in finished}
     best = (min if mode == "min" else max)(values, key=values.__getitem__, default=None)
     return (best, values[best]) if best is not None else None
@@ -217,10 +222,6 @@ def _of_equal_columns(rows: Sequence[Json]) -> list[Json]:
     """What a trial has not come to, None, in the order of the one that has most."""
     longest = max(rows, key=len)
     return [{name: row.get(name) for name in longest} for row in rows]
-
-
-def _trials(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("trial-*") if (path / POINT).exists())
 
 
 def _is_open(trial: Path) -> bool:

@@ -23,13 +23,14 @@ from orchestrator.errors import Interrupted, TrainingError
 from orchestrator.failures import in_a_line
 from orchestrator.launch import Lent
 from orchestrator.mlflow_tracker import Nesting
-from orchestrator.run_folder import write_whole
+from orchestrator.run_folder import metrics_so_far, write_whole
 from orchestrator.signals import StopRequest
 from orchestrator.space import Space
 from orchestrator.trunk import branch, trunk_of
 
-# In a trial's folder: where it was tried, how its process has ended it, and that the sweep's pruning has.
-POINT, OUTCOME, PRUNED = "point.json", "outcome.json", "pruned"
+# In a trial's folder: where it was tried, how its process has ended it, and that the sweep's pruning has, or has had it
+# go on to its end.
+POINT, OUTCOME, PRUNED, PROMOTED = "point.json", "outcome.json", "pruned", "promoted"
 # In the sweep's: that a signal wants its trials to save and end.
 STOPPING = "stopping"
 # In what Ray Tune is told: the name of the trial's folder.
@@ -52,6 +53,8 @@ class Sweep:
     """Steps after which the trunk is saved, for trials to begin there."""
     ahead: int = 0
     """The last step of the trunk that a trial begins after, as far as that is known."""
+    rung: int | None = None
+    """The step after which trials end, under ASHA, but for those that are promoted."""
     start: str = field(default_factory=lambda: secrets.token_hex(8))
     """Tells apart the starts of a sweep that was interrupted."""
 
@@ -136,10 +139,15 @@ class Trial(tune.Trainable):  # type: ignore[misc]
                 trunk = Lent(self._crew, self._stop, Nesting(sweep.parent_run_id, {"trial": "trunk"}))
                 step = branch(config, trunk_of(config), config.uncut_steps, trunk, sweep.saved, sweep.ahead)
                 tags["trunk_step"] = str(step)
-            nesting = Nesting(sweep.parent_run_id, tags, folder / PRUNED)
-            summary = launch.train(config, Lent(self._crew, self._stop, nesting, progress))
-            end = {FOLDER: base.name, "step": summary["steps"], "done": True}
-            status, words, result = "finished", None, final(summary) | end
+            rung = None if (folder / PROMOTED).exists() else sweep.rung
+            nesting = Nesting(sweep.parent_run_id, tags, folder / PRUNED, to_its_end=rung is None)
+            summary = launch.train(config, Lent(self._crew, self._stop, nesting, progress, rung))
+            if rung is None:
+                status, end = "finished", final(summary) | {"step": summary["steps"]}
+            else:
+                [there] = [row for row in metrics_so_far(folder) if row["step"] == rung]
+                status, end = "stopped", measured(there) | {"step": rung}
+            words, result = None, {FOLDER: base.name, "done": True} | end
         except Interrupted as error:
             # As such it would end Ray's process.
             status, words, result = "stopped", None, TrainingError(str(error))

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
 from optuna.distributions import BaseDistribution
-from ray import tune
 
 from orchestrator.config import RunConfig, load_config, parse_config
 from orchestrator.errors import UserError
-from orchestrator.pruning import Halving, MedianRule, first_judged, scheduler_of
 from orchestrator.space import Space, load_space, names, optuna_space
 from orchestrator.sweep import Request, check
 from orchestrator.trunk import saved_after, share_a_trunk, starts_of, trunk_of
 from tune_spaces.knobs import Choice, Float, Integer
 
-PRUNING: tuple[Literal["asha", "median"], ...] = ("asha", "median")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
@@ -128,6 +123,14 @@ def test_a_broken_space_is_refused_in_one_sentence(
     assert "\n" not in str(refused.value)
 
 
+def test_trials_that_are_evaluated_at_different_steps_cannot_be_judged(base: RunConfig, tmp_path: Path) -> None:
+    space = SPACE.format(knobs="{'a': Choice((10, 20), 'x')}", takes="a", gives="{'train.eval_every': a}")
+    (tmp_path / "mine.py").write_text(space)
+    for pruning in ("asha", "median"):
+        with pytest.raises(UserError, match=r"space mine must not set train\.steps or eval_every"):
+            check(base, request_of(str(tmp_path / "mine.py"), samples=4, pruning=pruning))
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -141,7 +144,8 @@ def test_a_broken_space_is_refused_in_one_sentence(
         ({"objectives": ("val_loss", "states", "states")}, "states is named twice"),
         ({"objectives": ("val_loss", "states"), "pruning": "asha"}, "asha goes by one objective, not 2"),
         ({"objectives": ("states",), "pruning": "median"}, "median needs val_loss or val_accuracy, not states"),
-        ({"pruning": "asha"}, "train.eval_every 200 there is none before the last step 200"),
+        ({"pruning": "asha"}, "one of 4 trials come to its end: 3 trials must be 4 or more"),
+        ({"pruning": "asha", "samples": 4}, "train.eval_every 200 there is none before the last step 200"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_in_one_sentence(
@@ -150,65 +154,6 @@ def test_what_cannot_be_asked_is_refused_in_one_sentence(
     seldom = base.model_copy(update={"train": base.train.model_copy(update={"eval_every": 200})})
     with pytest.raises(UserError, match=sentence):
         check(seldom, request_of(**({"space": "timing"} | changes)))
-
-
-def test_trials_are_judged_when_all_have_been_cut(base: RunConfig) -> None:
-    """For the last time: after 40 % of the steps where the time is a knob, `stable` after half; GRACE is a quarter."""
-    quickstart = load_config(CONFIGS / "quickstart.yaml")
-    assert quickstart.train.steps == 400
-    latest = {name: load_space(name).latest_cut(quickstart, []) for name in names()}
-    assert latest == dict.fromkeys(names(), 160) | {"stable": 200, "target": 40, "score": 40}
-    grace = first_judged(load_space("timing"), base, [{"at": 0.3}])
-    asha, median = (scheduler_of(name, base, grace, "val_loss") for name in PRUNING)
-    assert isinstance(asha, Halving)
-    assert isinstance(median, MedianRule)
-    assert asha._brackets[0]._rungs == [(81, {})]
-    assert median._grace_period == 81
-
-
-def test_a_continued_sweep_knows_what_has_been_judged(base: RunConfig, tmp_path: Path) -> None:
-    """The third was running when the sweep stopped: it is judged by what it had at the rung, not by what it has now."""
-    for number, rows in enumerate(([(40, 9.0), (100, 3.0), (200, 2.0)], [(40, 9.0)], [(100, 5.0)])):
-        folder = tmp_path / f"trial-{number:05d}"
-        folder.mkdir()
-        (folder / "point.json").write_text(json.dumps({"trial_id": str(number), "point": {"at": 0.3}}))
-        lines = [json.dumps({"step": step, "val_loss": loss}) + "\n" for step, loss in rows]
-        (folder / "metrics.jsonl").write_text("".join(lines))
-        if number < 2:
-            (folder / "pruned").touch()
-    here = base.model_copy(update={"storage": tmp_path})
-    asha, median = (scheduler_of(name, here, 81, "val_loss") for name in PRUNING)
-    assert isinstance(asha, Halving)
-    assert asha._brackets[0]._rungs == [(81, {"trial-00000": -3.0})]
-    assert isinstance(median, MedianRule)
-    means = {name: median._running_mean(name, 200) for name in median._trials_beyond_time(100)}
-    assert means == {"trial-00000": 2.5}
-    resumed = tune.experiment.Trial("trial", stub=True, trial_id="2")
-    asha.on_trial_add(None, resumed)
-    # At its end nothing is left to stop.
-    told = {"folder": "trial-00002"}
-    assert asha.on_trial_result(None, resumed, told | {"step": 200, "val_loss": 9.0}) == asha.CONTINUE
-    assert asha.on_trial_result(None, resumed, told | {"step": 150, "val_loss": 1.0}) == asha.STOP
-    nobody = SimpleNamespace(get_live_trials=list)
-    assert median.on_trial_result(nobody, resumed, told | {"step": 150, "val_loss": 1.0}) == median.CONTINUE
-    assert [row["step"] for row in median._results[resumed]] == [100, 150]
-
-
-def test_a_trial_is_judged_by_what_it_had_at_the_rung_and_not_before_its_cut(base: RunConfig, tmp_path: Path) -> None:
-    """Of one that has ended without another evaluation there, by its earlier start's."""
-    (tmp_path / "trial-00000").mkdir()
-    (tmp_path / "trial-00000" / "metrics.jsonl").write_text('{"step": 100, "val_loss": 5.0}\n')
-    here = base.model_copy(update={"storage": tmp_path})
-    asha, median = (scheduler_of(name, here, 81, "val_loss") for name in PRUNING)
-    assert isinstance(median, MedianRule)
-    assert isinstance(asha, Halving)
-    trial = tune.experiment.Trial("trial", stub=True, trial_id="0")
-    asha.on_trial_add(None, trial)
-    asha.on_trial_complete(None, trial, {"folder": "trial-00000", "step": 200, "val_loss": 1.0})
-    assert asha._brackets[0]._rungs == [(81, {"0": -5.0})]
-    uncut = {"folder": "trial-00000", "step": 80, "val_loss": 0.1}
-    assert median.on_trial_result(None, trial, uncut) == median.CONTINUE
-    assert trial not in median._results
 
 
 def test_a_value_in_the_middle_of_a_choice_counts(base: RunConfig) -> None:

@@ -28,9 +28,10 @@ from orchestrator.cli import main
 from orchestrator.config import load_config, parse_config
 from orchestrator.errors import UserError
 from orchestrator.pruning import Pruning
+from orchestrator.search import searcher
 from orchestrator.space import Space, load_space
 from orchestrator.storage import checkpoints_of
-from orchestrator.sweep import Request, _conclude_rest, _searcher, check, room_for, tune_schedules
+from orchestrator.sweep import Request, _conclude_rest, check, room_for, tune_schedules
 from orchestrator.sweep_report import FEWEST, Outcome, _of_equal_columns, importance, outcomes, pareto
 from orchestrator.terminal import Terminal
 from orchestrator.trial import Sweep, _trial_folder
@@ -136,8 +137,7 @@ def test_a_sweep_that_is_continued_begins_with_what_has_not_ended(tmp_path: Path
         folder = trial_folder(tmp_path, number, **files)
         (folder / "point.json").write_text(json.dumps({"trial_id": "", "start": "", "point": points[number]}))
     sweep = Sweep(parse_config(small_run).model_copy(update={"storage": tmp_path}), load_space("timing"), True, None)
-    asked = Request("timing", 4, ("val_loss", "states"), "random", "none", True, True)
-    search = _searcher(sweep, asked, points, outcomes(tmp_path))
+    search = searcher(sweep, ("val_loss", "states"), points, outcomes(tmp_path), 3)
     assert [search.suggest(str(number)) for number in range(3)] == points[1:]
     [known] = search._ot_study.get_trials(states=[TrialState.COMPLETE])
     assert (known.params, known.values) == (points[0], [1.5, 4.0])
@@ -150,12 +150,11 @@ def test_a_sweep_that_is_continued_begins_with_what_has_not_ended(tmp_path: Path
 
 def test_a_search_that_goes_on_does_not_propose_what_it_has_proposed(small_run: dict[str, Any]) -> None:
     """TPE begins at random, from a seed."""
-    asked = Request("timing", 8, ("val_loss",), "tpe", "none", True, True)
     sweep = Sweep(parse_config(small_run), load_space("timing"), True, None)
-    first = _searcher(sweep, asked, [], [])
+    first = searcher(sweep, ("val_loss",), [], [], 8)
     proposed = [first.suggest(str(number)) for number in range(3)]
     ended = [replace(outcome(1.0, 2.0), point=point) for point in proposed]
-    again = _searcher(sweep, asked, [], ended)
+    again = searcher(sweep, ("val_loss",), [], ended, 5)
     assert not any(again.suggest(str(number)) in proposed for number in range(3))
 
 
@@ -346,6 +345,9 @@ def test_a_worse_trial_is_pruned_and_the_next_one_has_its_workers(
     bad = found.pop(300.0)
     assert (bad.status, bad.error) == ("pruned", None)
     assert 4 <= bad.last_step < 16
+    if pruning == "asha":  # all but one end at the first evaluation after the cut, and it goes on as if it had not
+        assert sorted(trial.last_step for trial in [bad, *found.values()]) == [4, 4, 16]
+        assert train(load_config(folder / "best.yaml"))["val_loss_final"] == summary["best"]["val_loss"]
     assert bad.objectives["val_loss"] > max(trial.objectives["val_loss"] for trial in found.values())
     finished = [trial for trial in found.values() if trial.status == "finished"]
     assert [trial.last_step for trial in finished] == [16] * len(finished)
@@ -353,6 +355,9 @@ def test_a_worse_trial_is_pruned_and_the_next_one_has_its_workers(
     assert max(losses(folder / "trunk")) == max(trial.trunk_step for trial in outcomes(folder)) > 0
     assert children[bad.trial].data.tags["status"] == "pruned"
     assert children[bad.trial].info.status != "RUNNING"
+    for trial in finished:
+        assert children[trial.trial].data.tags["status"] == "finished"
+        assert children[trial.trial].info.status == "FINISHED"
     client = mlflow.MlflowClient(one_at_a_time["tracking"]["mlflow_uri"])
     assert _artifacts(client, children[bad.trial]) >= {"plans", "figures", "report.html"}
 
