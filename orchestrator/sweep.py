@@ -64,7 +64,7 @@ from orchestrator.trial import (
     status_of,
     workers_of,
 )
-from orchestrator.trunk import saved_after, share_a_trunk, starts_of, trunk_of, untruncated
+from orchestrator.trunk import shared_trunks, trunk_of, untruncated
 
 Search = Literal["tpe", "random", "grid"]
 SAMPLES = 16  # of a random or TPE search that does not say how many
@@ -114,17 +114,15 @@ def tune_schedules(config: RunConfig, request: Request) -> dict[str, Any]:
         at_a_time = request.concurrent or room
         remember_request(folder, base, asked)
         tracker = stack.enter_context(parent_run(config, folder, terminal.line))
-        shared = request.share and share_a_trunk(space, base, points)
-        if request.share and not shared:
+        # A trunk goes on to its end where it is a baseline too; else no further than is known to be needed.
+        further = space.edges() if request.baselines else []
+        trunks = shared_trunks(space, base, points, further) if request.share else ()
+        if request.share and not trunks:
             terminal.line(f"nothing to share: space {space.name} changes the training before the first cut too")
-        # The trunk goes on to its end where it is a baseline too; else no further than is known to be needed.
-        known = [*points, *(space.edges() if request.baselines else [])]
-        ahead = max(starts_of(space, base, known), default=0)
-        saved = saved_after(starts_of(space, base, points), base.train.steps)
         parent = tracker.run_id if tracker is not None else None
         asha = request.pruning == "asha"
         rung = rung_of(first_judged(space, base, points), base.train.eval_every) if asha else None
-        sweep = Sweep(base, space, shared, parent, saved, ahead, rung)
+        sweep = Sweep(base, space, trunks, parent, rung)
         total = _total(request, points)
         terminal.line(f"sweep {folder.name}: {total} trials, {at_a_time} at a time; {', '.join(request.objectives)}")
         _conclude_rest(sweep, _run(sweep, request, points, total, at_a_time, terminal), terminal)
@@ -367,9 +365,10 @@ def _baselines(sweep: Sweep, best: Outcome, terminal: Terminal) -> dict[str, dic
     """
     base = sweep.base
     found = sweep.space.config(base, best.point)
-    # Goes on where the trunk has ended, and keeps its checkpoints: a trial that is tried again may need one. That one
-    # may become the best, so what trials do not share must not be this one's.
-    full = trunk_of(found if sweep.shared else base)
+    # Goes on where a trunk has ended, and keeps its checkpoints: a trial that is tried again may need one. That one may
+    # become the best, so what trials do not share must not be this one's.
+    trunk = sweep.trunk_of(found)
+    full = trunk.run if trunk is not None else trunk_of(base)
     small = untruncated(found, f"scratch-of-{best.trial}")
     raw = small.model_dump(mode="json")
     scratch = parse_config(raw | {"model": raw["model"] | {"d_state": best.final_dims}})

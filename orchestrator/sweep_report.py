@@ -70,6 +70,8 @@ class Outcome:
     """After which it begins; 0 where it shares nothing."""
     last_step: int
     final_dims: list[int]
+    trunk: str = ""
+    """What it begins with."""
 
     def row(self) -> Json:
         """For the table: every knob, every objective."""
@@ -123,6 +125,13 @@ def best_of(found: Sequence[Outcome], objective: str, mode: str) -> Outcome:
     return min((o for o in found if o.status == "finished"), key=lambda o: sign * o.objectives[objective])
 
 
+def steps_trained(found: Sequence[Outcome]) -> int:
+    """Of all trunks, as far as a trial needed them, and of the trials from there."""
+    trunks = {outcome.trunk for outcome in found}
+    shared = sum(max(outcome.trunk_step for outcome in found if outcome.trunk == trunk) for trunk in trunks)
+    return shared + sum(outcome.last_step - outcome.trunk_step for outcome in found)
+
+
 def pareto(rows: Sequence[Json], x: str, y: str) -> list[Json]:
     """The finished trials that no other one beats in both, by `x`; less is better."""
     front: list[Json] = []
@@ -147,8 +156,7 @@ def write_sweep_report(
     found = outcomes(folder)
     name, mode = next(iter(objectives.items()))
     best = best_of(found, name, mode)
-    trunk = max((o.trunk_step for o in found), default=0)
-    trained = trunk + sum(o.last_step - o.trunk_step for o in found)
+    trained = steps_trained(found)
     # One that fails would have come as far by itself.
     naive = sum(o.last_step if o.status == "failed" else steps for o in found)
     rows = _of_equal_columns([outcome.row() for outcome in found])
@@ -242,24 +250,23 @@ def _begun(trial: Path) -> Json:
 def _outcome(trial: Path) -> Outcome:
     status, error = status_of(trial)
     point = _begun(trial)["point"]
-    branch = trial / "branch.json"
-    trunk_step = int(json.loads(branch.read_text())["step"]) if branch.exists() else 0
+    branch = json.loads((trial / "branch.json").read_text()) if (trial / "branch.json").exists() else {}
+    trunk, trunk_step = str(branch.get("trunk", "")), int(branch.get("step", 0))
     rows = metrics_so_far(trial)
     last_step = max((row["step"] for row in rows if "train_loss" in row), default=trunk_step)
     if status == "finished":
         summary = json.loads((trial / "summary.json").read_text())
         cuts = [cut["step"] for cut in summary["truncations"] if not cut["rolled_back"]]
         first = min(cuts, default=None)
-        return Outcome(
-            trial.name, point, status, None, final(summary), first, trunk_step, last_step, summary["final_dims"]
-        )
+        dims = summary["final_dims"]
+        return Outcome(trial.name, point, status, None, final(summary), first, trunk_step, last_step, dims, trunk)
     # Up to its beginning they are the trunk's.
     held_out = [row for row in rows if "val_loss" in row and row["step"] > trunk_step]
     objectives = measured(held_out[-1]) if held_out else {}
     objectives = {name: value for name, value in objectives.items() if math.isfinite(value)}
     first = next((row["step"] for row in held_out if "val_loss_before" in row), None)
     dims = [int(value) for key, value in sorted(held_out[-1].items()) if key.startswith("d_state_")] if held_out else []
-    return Outcome(trial.name, point, status, error, objectives, first, trunk_step, last_step, dims)
+    return Outcome(trial.name, point, status, error, objectives, first, trunk_step, last_step, dims, trunk)
 
 
 def _pareto(summary: Json, x: str, label: str) -> Figure:

@@ -26,7 +26,7 @@ from orchestrator.mlflow_tracker import Nesting
 from orchestrator.run_folder import metrics_so_far, write_whole
 from orchestrator.signals import StopRequest
 from orchestrator.space import Space
-from orchestrator.trunk import branch, trunk_of
+from orchestrator.trunk import Trunk, branch
 
 # In a trial's folder: where it was tried, how its process has ended it, and that the sweep's pruning has, or has had it
 # go on to its end.
@@ -47,16 +47,16 @@ class Sweep:
 
     base: RunConfig
     space: Space
-    shared: bool
+    trunks: tuple[Trunk, ...]
     parent_run_id: str | None
-    saved: frozenset[int] = frozenset()
-    """Steps after which the trunk is saved, for trials to begin there."""
-    ahead: int = 0
-    """The last step of the trunk that a trial begins after, as far as that is known."""
     rung: int | None = None
     """The step after which trials end, under ASHA, but for those that are promoted."""
     start: str = field(default_factory=lambda: secrets.token_hex(8))
     """Tells apart the starts of a sweep that was interrupted."""
+
+    def trunk_of(self, trial: RunConfig) -> Trunk | None:
+        """What a trial shares with others, if it does."""
+        return next((trunk for trunk in self.trunks if trunk.begins(trial)), None)
 
 
 class Progress:
@@ -135,10 +135,10 @@ class Trial(tune.Trainable):  # type: ignore[misc]
             config = sweep.space.config(base, point)
             progress = Progress(base.name, self._results)
             tags = {"trial": base.name}
-            if sweep.shared:
-                trunk = Lent(self._crew, self._stop, Nesting(sweep.parent_run_id, {"trial": "trunk"}))
-                step = branch(config, trunk_of(config), config.uncut_steps, trunk, sweep.saved, sweep.ahead)
-                tags["trunk_step"] = str(step)
+            if (trunk := sweep.trunk_of(config)) is not None:
+                lent = Lent(self._crew, self._stop, Nesting(sweep.parent_run_id, {"trial": trunk.run.name}))
+                step = branch(config, trunk.run, config.uncut_steps, lent, trunk.saved, trunk.ahead)
+                tags |= {"trunk": trunk.run.name, "trunk_step": str(step)}
             rung = None if (folder / PROMOTED).exists() else sweep.rung
             nesting = Nesting(sweep.parent_run_id, tags, folder / PRUNED, to_its_end=rung is None)
             summary = launch.train(config, Lent(self._crew, self._stop, nesting, progress, rung))

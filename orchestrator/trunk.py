@@ -10,8 +10,7 @@ import json
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import IO
 
 from orchestrator import checkpoint, launch
@@ -47,11 +46,6 @@ def trunk_of(trial: RunConfig) -> RunConfig:
     return trunk.model_copy(update={"train": train, "checkpoints": checkpoints})
 
 
-def starts_of(space: Space, base: RunConfig, points: Sequence[Point]) -> frozenset[int]:
-    """The steps that trials at these points begin after."""
-    return frozenset(space.config(base, point).uncut_steps for point in points)
-
-
 def saved_after(starts: frozenset[int], steps: int) -> frozenset[int]:
     """After which steps of a training a trunk is saved: the known `starts`, or so many that any is near one."""
     if 0 < len(starts) <= 1 / SPACING:
@@ -60,10 +54,45 @@ def saved_after(starts: frozenset[int], steps: int) -> frozenset[int]:
     return frozenset(range(every, steps, every))
 
 
-def share_a_trunk(space: Space, base: RunConfig, points: Sequence[Point]) -> bool:
-    """Whether trials differ only from their first cut on, as far as these points and the space's edges tell."""
-    trunks = [trunk_of(space.config(base, point)) for point in (*points, *space.edges())]
-    return all(trunk == trunks[0] for trunk in trunks)
+@dataclass(frozen=True)
+class Trunk:
+    """What several trials begin with."""
+
+    run: RunConfig
+    saved: frozenset[int]
+    """Steps after which it is saved, for trials to begin there."""
+    ahead: int
+    """The last step that one begins after, as far as that is known."""
+
+    def begins(self, trial: RunConfig) -> bool:
+        """Whether the trial differs only from its first cut on."""
+        return trunk_of(trial).model_copy(update={"name": self.run.name}) == self.run
+
+
+def shared_trunks(
+    space: Space, base: RunConfig, points: Sequence[Point], further: Sequence[Point] = ()
+) -> tuple[Trunk, ...]:
+    """One for all trials at these points that begin alike; none for a trial that begins like no other.
+
+    Where points are not known beforehand, one for all, if the space's edges begin alike. `further` are points of trials
+    that may be trained later.
+    """
+    groups: dict[str, list[RunConfig]] = {}
+    for point in points or space.edges():
+        trial = space.config(base, point)
+        groups.setdefault(trunk_of(trial).model_dump_json(), []).append(trial)
+    if len(groups) > 1 and not points:
+        return ()
+    later = [space.config(base, point) for point in further]
+    trunks = []
+    for number, trials in enumerate(groups.values()):
+        if len(trials) > 1 or len(groups) == 1:
+            name = NAME if len(groups) == 1 else f"{NAME}-{number}"
+            trunk = Trunk(trunk_of(trials[0]).model_copy(update={"name": name}), frozenset(), 0)
+            starts = frozenset(trial.uncut_steps for trial in trials if points)
+            ahead = max(starts | {trial.uncut_steps for trial in later if trunk.begins(trial)}, default=0)
+            trunks.append(replace(trunk, saved=saved_after(starts, base.train.steps), ahead=ahead))
+    return tuple(trunks)
 
 
 def branch(
@@ -87,7 +116,7 @@ def branch(
         return int(json.loads(note.read_text())["step"]) if note.exists() else 0
     if before < 1:
         return 0
-    with _alone(trunk.storage, lent.stop):
+    with _alone(trunk, lent.stop):
         shared = checkpoints_of(trunk.storage / trunk.name, trunk.checkpoints.storage, trunk.checkpoints.retry_s)
         if _reached(shared) < before:
             try:
@@ -104,7 +133,7 @@ def branch(
         folder.mkdir(parents=True, exist_ok=True)
         rows = [row for row in metrics_so_far(trunk.storage / trunk.name) if row["step"] <= step]
         write_whole(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        write_whole(note, json.dumps({"step": step}) + "\n")
+        write_whole(note, json.dumps({"step": step, "trunk": trunk.name}) + "\n")
         own.create()
         _graft(source, manifest, checkpoint.at(own, step), trial)
     return step
@@ -127,14 +156,15 @@ def _graft(source: Folder, manifest: Manifest, target: Folder, config: RunConfig
 
 
 @contextmanager
-def _alone(sweep: Path, stop: StopRequest) -> Iterator[None]:
-    """For the duration of the block nobody else of this sweep extends the trunk.
+def _alone(trunk: RunConfig, stop: StopRequest) -> Iterator[None]:
+    """For the duration of the block nobody else extends the trunk.
 
     Raises:
         Interrupted: a signal came while another one did.
     """
+    sweep = trunk.storage
     sweep.mkdir(parents=True, exist_ok=True)
-    with (sweep / "trunk.lock").open("a") as lock:
+    with (sweep / f"{trunk.name}.lock").open("a") as lock:
         while not _taken(lock):
             if stop.signal is not None:
                 raise Interrupted(f"stopped before the beginning that runs of {sweep.name} share", stop.signal)

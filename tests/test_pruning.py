@@ -33,7 +33,7 @@ def base(small_run: dict[str, Any], tmp_path: Path) -> RunConfig:
 
 
 def sweep_of(base: RunConfig) -> Sweep:
-    return Sweep(base, load_space("timing"), True, None, rung=RUNG)
+    return Sweep(base, load_space("timing"), (), None, rung=RUNG)
 
 
 def written(folder: Path, rows: list[tuple[int, float]]) -> None:

@@ -14,7 +14,7 @@ from orchestrator.config import RunConfig, load_config, parse_config
 from orchestrator.errors import UserError
 from orchestrator.space import Space, load_space, names, optuna_space
 from orchestrator.sweep import Request, check
-from orchestrator.trunk import saved_after, share_a_trunk, starts_of, trunk_of
+from orchestrator.trunk import saved_after, shared_trunks, trunk_of
 from tune_spaces.knobs import Choice, Float, Integer
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -42,7 +42,7 @@ def test_shipped_spaces_fit_the_shipped_configs(name: str, config: str) -> None:
         return
     space.check(base)
     assert all(knob.doc for knob in space.knobs.values())
-    assert share_a_trunk(space, base, [])
+    assert len(shared_trunks(space, base, [])) == 1
 
 
 @pytest.mark.parametrize("name", names())
@@ -80,12 +80,15 @@ def test_trials_may_begin_right_before_their_first_cuts_or_where_these_are_not_k
     space = load_space("timing")
     points = [{"at": at} for at in (0.1, 0.2, 0.2)]
     firsts = {space.config(base, point).probe_steps[0] for point in points}
-    assert starts_of(space, base, points) == {first - 1 for first in firsts}
-    starts = starts_of(space, base, points)
-    assert saved_after(starts, 1000) == starts
+    [trunk] = shared_trunks(space, base, points, further=[{"at": 0.3}])
+    assert trunk.saved == {first - 1 for first in firsts}
+    assert trunk.ahead == space.config(base, {"at": 0.3}).uncut_steps > max(trunk.saved)
     for unknown in (frozenset[int](), frozenset(range(1000))):
         anywhere = sorted({0, *saved_after(unknown, 1000)})
         assert max(b - a for a, b in itertools.pairwise([*anywhere, 1000])) == 10
+    [unknown_yet] = shared_trunks(space, base, [])
+    assert (unknown_yet.run, unknown_yet.ahead) == (trunk.run, 0)
+    assert unknown_yet.saved == saved_after(frozenset(), base.train.steps)
 
 
 SPACE = "from tune_spaces.knobs import Choice, Float, Integer\nKNOBS = {knobs}\ndef settings({takes}): return {gives}\n"
@@ -164,7 +167,7 @@ def test_a_value_in_the_middle_of_a_choice_counts(base: RunConfig) -> None:
     )
     assert ends.latest_cut(base, []) == 80
     rates = Space("rate", {"lr": Choice((0.01, 0.02, 0.01), "Anything.")}, lambda lr: {"train.lr": lr})
-    assert not share_a_trunk(rates, base.model_copy(update={"train": base.train.model_copy(update={"lr": 0.01})}), [])
+    assert not shared_trunks(rates, base.model_copy(update={"train": base.train.model_copy(update={"lr": 0.01})}), [])
 
 
 def test_a_sweep_needs_something_to_cut(base: RunConfig) -> None:
@@ -176,8 +179,22 @@ def test_a_sweep_needs_something_to_cut(base: RunConfig) -> None:
 
 def test_trials_that_differ_from_the_start_share_nothing(base: RunConfig) -> None:
     rate = Space("rate", {"lr": Float(0.001, 0.1, "Learning rate.")}, lambda lr: {"train.lr": lr})
-    assert not share_a_trunk(rate, base, [])
-    assert share_a_trunk(
-        Space("dim", {"dim": Integer(1, 8, "States.")}, lambda dim: {"truncation.target": {"dim": dim}}), base, []
-    )
-    assert share_a_trunk(Space("one", {"x": Choice((1,), "Nothing.")}, lambda x: {}), base, [])
+    assert not shared_trunks(rate, base, [])
+    assert not shared_trunks(rate, base, [{"lr": 0.01}, {"lr": 0.02}])
+    dim = Space("dim", {"dim": Integer(1, 8, "States.")}, lambda dim: {"truncation.target": {"dim": dim}})
+    assert shared_trunks(dim, base, [])
+    assert shared_trunks(Space("one", {"x": Choice((1,), "Nothing.")}, lambda x: {}), base, [])
+
+
+def test_trials_share_with_those_that_begin_alike(base: RunConfig) -> None:
+    knobs = {"lr": Choice((0.01, 0.02, 0.03), "Learning rate."), "at": Float(0.1, 0.4, "When.")}
+    both = Space("both", knobs, lambda lr, at: {"train.lr": lr, "truncation.window": {"events": 1, "end": at}})
+    points = [{"lr": lr, "at": at} for lr, at in ((0.01, 0.1), (0.02, 0.4), (0.03, 0.2), (0.01, 0.3), (0.03, 0.2))]
+    trials = [both.config(base, point) for point in points]
+    first, second = shared_trunks(both, base, points)
+    assert [trunk.run.name for trunk in (first, second)] == ["trunk-0", "trunk-2"]
+    assert [first.begins(trial) for trial in trials] == [True, False, False, True, False]
+    assert [second.begins(trial) for trial in trials] == [False, False, True, False, True]
+    assert first.saved == {trials[0].uncut_steps, trials[3].uncut_steps}
+    assert (first.ahead, second.ahead) == (trials[3].uncut_steps, trials[2].uncut_steps)
+    assert not shared_trunks(both, base, [])

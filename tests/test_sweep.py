@@ -32,7 +32,15 @@ from orchestrator.search import searcher
 from orchestrator.space import Space, load_space
 from orchestrator.storage import checkpoints_of
 from orchestrator.sweep import Request, _conclude_rest, check, room_for, tune_schedules
-from orchestrator.sweep_report import FEWEST, Outcome, _of_equal_columns, importance, outcomes, pareto
+from orchestrator.sweep_report import (
+    FEWEST,
+    Outcome,
+    _of_equal_columns,
+    importance,
+    outcomes,
+    pareto,
+    steps_trained,
+)
 from orchestrator.terminal import Terminal
 from orchestrator.trial import Sweep, _trial_folder
 from tests.runs import (
@@ -84,6 +92,14 @@ def test_what_the_first_trial_did_not_come_to_has_its_column_all_the_same() -> N
     assert [row["val_loss"] for row in rows] == [None, 1.0]
 
 
+def test_what_trials_share_is_counted_once() -> None:
+    """Two begin with one trunk, of which it takes the longer part; one with another; one shares nothing."""
+    of = replace(outcome(1.0, 2.0), last_step=100)
+    one, other = replace(of, trunk="trunk-0", trunk_step=10), replace(of, trunk="trunk-0", trunk_step=30)
+    third = replace(of, trunk="trunk-2", trunk_step=40)
+    assert steps_trained([one, other, third, of]) == (30 + 90 + 70) + (40 + 60) + 100
+
+
 def trial_folder(sweep: Path, number: int, **files: str) -> Path:
     """As a trial leaves it: Ray Tune's id of it is its number, and `files` are what else there is, by stem."""
     folder = sweep / f"trial-{number:05d}"
@@ -104,7 +120,7 @@ def test_what_the_trunk_has_measured_is_not_the_trials(tmp_path: Path) -> None:
     rows = [{"step": 8, "train_loss": 2.0}, {"step": 8, "val_loss": 2.0, "states": 32}, {"step": 9, "train_loss": 9.0}]
     metrics = "".join(json.dumps(row) + "\n" for row in rows)
     failed = json.dumps({"status": "failed", "error": "diverged"})
-    trial_folder(tmp_path, 0, outcome=failed, metrics=metrics, branch='{"step": 8}')
+    trial_folder(tmp_path, 0, outcome=failed, metrics=metrics, branch='{"step": 8, "trunk": "trunk"}')
     [trial] = outcomes(tmp_path)
     assert (trial.trunk_step, trial.last_step, trial.objectives, trial.final_dims) == (8, 9, {}, [])
 
@@ -136,7 +152,7 @@ def test_a_sweep_that_is_continued_begins_with_what_has_not_ended(tmp_path: Path
     for number, files in enumerate([*told, {}]):
         folder = trial_folder(tmp_path, number, **files)
         (folder / "point.json").write_text(json.dumps({"trial_id": "", "start": "", "point": points[number]}))
-    sweep = Sweep(parse_config(small_run).model_copy(update={"storage": tmp_path}), load_space("timing"), True, None)
+    sweep = Sweep(parse_config(small_run).model_copy(update={"storage": tmp_path}), load_space("timing"), (), None)
     search = searcher(sweep, ("val_loss", "states"), points, outcomes(tmp_path), 3)
     assert [search.suggest(str(number)) for number in range(3)] == points[1:]
     [known] = search._ot_study.get_trials(states=[TrialState.COMPLETE])
@@ -150,7 +166,7 @@ def test_a_sweep_that_is_continued_begins_with_what_has_not_ended(tmp_path: Path
 
 def test_a_search_that_goes_on_does_not_propose_what_it_has_proposed(small_run: dict[str, Any]) -> None:
     """TPE begins at random, from a seed."""
-    sweep = Sweep(parse_config(small_run), load_space("timing"), True, None)
+    sweep = Sweep(parse_config(small_run), load_space("timing"), (), None)
     first = searcher(sweep, ("val_loss",), [], [], 8)
     proposed = [first.suggest(str(number)) for number in range(3)]
     ended = [replace(outcome(1.0, 2.0), point=point) for point in proposed]
@@ -182,7 +198,7 @@ def test_trials_whose_process_was_ended_have_an_outcome_all_the_same(tmp_path: P
     folders = [trial_folder(tmp_path, number) for number in (1, 2, 3)]
     (folders[0] / "pruned").touch()
     config = parse_config(small_run).model_copy(update={"storage": tmp_path})
-    _conclude_rest(Sweep(config, load_space("timing"), True, None), known, Terminal(sys.stderr))
+    _conclude_rest(Sweep(config, load_space("timing"), (), None), known, Terminal(sys.stderr))
     assert all((folder / "outcome.json").exists() for folder in folders)
     assert [trial.status for trial in outcomes(tmp_path)[1:]] == ["pruned", "failed", "failed"]
     assert (ended / "outcome.json").read_text() == before

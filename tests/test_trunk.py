@@ -48,7 +48,7 @@ def test_a_trial_begins_right_before_its_cut_or_at_the_nearest_known_start(trial
     manifest = checkpoint.verify(checkpoint.at(checkpoints_of(folder, None), 2))
     assert manifest.config["name"] == "again-3"
     assert manifest.config["truncation"] is not None
-    assert json.loads((folder / "branch.json").read_text()) == {"step": 2}
+    assert json.loads((folder / "branch.json").read_text()) == {"step": 2, "trunk": "trunk"}
 
 
 def test_a_trunk_that_fails_later_on_is_still_a_beginning_for_earlier_cuts(trial: RunConfig) -> None:
