@@ -17,7 +17,7 @@ from orchestrator.config import RunConfig
 from orchestrator.run_folder import Json, write_whole
 from orchestrator.space import Point, Space
 from orchestrator.sweep_report import measurements, measurements_of_ended, trials_of
-from orchestrator.trial import FOLDER, OBJECTIVES, POINT, PROMOTED, PRUNED, Sweep, status_of
+from orchestrator.trial import FOLDER, OBJECTIVES, OUTCOME, POINT, PROMOTED, PRUNED, Sweep, status_of
 
 Pruning = Literal["none", "asha", "median"]
 # A trial is first judged after this share of the training. Under ASHA one of so many goes on.
@@ -45,8 +45,10 @@ def promoted(sweep: Path) -> list[Path]:
     return [trial for trial in trials_of(sweep) if (trial / PROMOTED).exists() and status_of(trial)[0] != "failed"]
 
 
-def promote(sweep: Path, objective: str, rung: int) -> Point | None:
+def promote(sweep: Path, objective: str, rung: int, trial_id: str) -> Point | None:
     """Have the best of the trials that wait at the rung go on, if enough are there to choose among; its point.
+
+    `trial_id` is what Ray Tune calls it from now on.
 
     ASHA (Li et al., MLSys 2020, algorithm 2) with the delay of Hyper-Tune (Li et al., VLDB 2022, D-ASHA): one goes on
     when REDUCTION have come to the rung, or failed, for each that does. Without the delay all go on who are among the
@@ -65,8 +67,9 @@ def promote(sweep: Path, objective: str, rung: int) -> Point | None:
     if best is None:
         return None
     note = json.loads((best / POINT).read_text())
-    # Whoever takes up this point next goes on here.
-    write_whole(best / POINT, json.dumps(note | {"start": None}) + "\n")
+    # Whoever takes up this point next goes on here. Until the last of these three it waits as before.
+    write_whole(best / POINT, json.dumps(note | {"trial_id": trial_id, "start": None}) + "\n")
+    (best / OUTCOME).unlink(missing_ok=True)
     (best / PRUNED).rename(best / PROMOTED)
     point: Point = note["point"]
     return point

@@ -31,7 +31,7 @@ class Search(OptunaSearch):  # type: ignore[misc]
     def suggest(self, trial_id: str) -> Any:
         if (self._folder / STOPPING).exists():
             return Searcher.FINISHED
-        point = promote(self._folder, self.metric[0], self._rung) if self._rung is not None else None
+        point = promote(self._folder, self.metric[0], self._rung, trial_id) if self._rung is not None else None
         if point is not None:
             self._going_on.add(trial_id)
         elif self._left > 0:
@@ -44,7 +44,7 @@ class Search(OptunaSearch):  # type: ignore[misc]
         return point
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        self._running.remove(trial_id)
+        self._running.discard(trial_id)
         if trial_id in self._going_on:
             return
         if result and self._rung is not None:  # one that an earlier start had go on has come to its end

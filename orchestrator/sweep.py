@@ -64,7 +64,7 @@ from orchestrator.trial import (
     status_of,
     workers_of,
 )
-from orchestrator.trunk import shared_trunks, trunk_of, untruncated
+from orchestrator.trunk import shared_trunks, untruncated
 
 Search = Literal["tpe", "random", "grid"]
 SAMPLES = 16  # of a random or TPE search that does not say how many
@@ -114,7 +114,7 @@ def tune_schedules(config: RunConfig, request: Request) -> dict[str, Any]:
         at_a_time = request.concurrent or room
         remember_request(folder, base, asked)
         tracker = stack.enter_context(parent_run(config, folder, terminal.line))
-        # A trunk goes on to its end where it is a baseline too; else no further than is known to be needed.
+        # A trunk of all goes on to its end, as a baseline; others no further than is known to be needed.
         further = space.edges() if request.baselines else []
         trunks = shared_trunks(space, base, points, further) if request.share else ()
         if request.share and not trunks:
@@ -248,7 +248,7 @@ def _run(
         name=experiment.name, storage_path=str(folder), checkpoint_config=none, callbacks=[_Judgement(folder)]
     )
     tuner = tune.Tuner(trainable, tune_config=tune_config, run_config=run_config)
-    with stop_request() as stop, _shown(folder, total, request.objectives[0], terminal):
+    with stop_request() as stop, _shown(sweep, total, request.objectives[0], terminal):
         # In the main thread Ray Tune would take SIGINT for itself, and give trials ten seconds.
         fit = in_a_thread(tuner.fit, "tune")
         while not wait([fit], timeout=POLL_S).done:
@@ -314,29 +314,38 @@ def _conclude_rest(sweep: Sweep, trials: Sequence[tune.experiment.Trial], termin
 
 def _last_words(trial: tune.experiment.Trial | None) -> str:
     """Why a trial has failed, as far as Ray Tune knows."""
-    error: str | None = trial.get_error() if trial is not None else None
-    return error.strip().splitlines()[-1] if error else "its process was killed"
+    name = trial.run_metadata.error_filename if trial is not None else None
+    if trial is None or name is None:
+        return "its process was killed"
+    return Path(trial.local_path, name).read_text().strip().splitlines()[-1]
 
 
 @contextmanager
-def _shown(folder: Path, total: int, objective: str, terminal: Terminal) -> Iterator[None]:
+def _shown(sweep: Sweep, total: int, objective: str, terminal: Terminal) -> Iterator[None]:
     """For the duration of the block, keep a line that says how far the trials are."""
-    ended, started = threading.Event(), time.monotonic()
-    before = len([status for status in statuses(folder) if status not in AGAIN])
+    ended, started, folder = threading.Event(), time.monotonic(), sweep.base.storage
+    to_do = total + (total // REDUCTION if sweep.rung is not None else 0)  # one that goes on is trained twice
+
+    def count() -> tuple[Counter[str], int, int]:
+        """Trials by status, those that have ended, and trainings that have."""
+        found = Counter(statuses(folder))
+        over = sum(number for status, number in found.items() if status not in AGAIN)
+        return found, over, over + len(promoted(folder))
+
+    _, _, before = count()
 
     def show() -> None:
         while not ended.wait(SHOW_EVERY_S):
-            found = Counter(statuses(folder))
-            now = sum(count for status, count in found.items() if status not in AGAIN)
+            found, over, done = count()
             parts = [
                 f"{found[status]} {status}" for status in ("finished", "pruned", "failed", "running") if found[status]
             ]
             best = best_so_far(folder, objective, OBJECTIVES[objective])
             parts += [f"best {objective} {best[1]:.4g} ({best[0]})"] if best else []
-            if now > before:
-                per_trial = (time.monotonic() - started) / (now - before)
-                parts.append(f"ETA {duration(per_trial * (total - now))}")
-            terminal.progress(f"{now} of {total} trials: " + ", ".join(parts))
+            if done > before:
+                each = (time.monotonic() - started) / (done - before)
+                parts.append(f"ETA {duration(each * max(0, to_do - done))}")
+            terminal.progress(f"{over} of {total} trials: " + ", ".join(parts))
 
     thread = threading.Thread(target=show, name="progress", daemon=True)
     thread.start()
@@ -368,7 +377,7 @@ def _baselines(sweep: Sweep, best: Outcome, terminal: Terminal) -> dict[str, dic
     # Goes on where a trunk has ended, and keeps its checkpoints: a trial that is tried again may need one. That one may
     # become the best, so what trials do not share must not be this one's.
     trunk = sweep.trunk_of(found)
-    full = trunk.run if trunk is not None else trunk_of(base)
+    full = trunk.run if trunk is not None else untruncated(base, "full-size")
     small = untruncated(found, f"scratch-of-{best.trial}")
     raw = small.model_dump(mode="json")
     scratch = parse_config(raw | {"model": raw["model"] | {"d_state": best.final_dims}})

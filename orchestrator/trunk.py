@@ -74,8 +74,8 @@ def shared_trunks(
 ) -> tuple[Trunk, ...]:
     """One for all trials at these points that begin alike; none for a trial that begins like no other.
 
-    Where points are not known beforehand, one for all, if the space's edges begin alike. `further` are points of trials
-    that may be trained later.
+    Where points are not known beforehand, one for all, if the space's edges begin alike. One for all goes as far as
+    trials at `further` points need, too.
     """
     groups: dict[str, list[RunConfig]] = {}
     for point in points or space.edges():
@@ -90,7 +90,7 @@ def shared_trunks(
             name = NAME if len(groups) == 1 else f"{NAME}-{number}"
             trunk = Trunk(trunk_of(trials[0]).model_copy(update={"name": name}), frozenset(), 0)
             starts = frozenset(trial.uncut_steps for trial in trials if points)
-            ahead = max(starts | {trial.uncut_steps for trial in later if trunk.begins(trial)}, default=0)
+            ahead = max(starts | {trial.uncut_steps for trial in later if len(groups) == 1}, default=0)
             trunks.append(replace(trunk, saved=saved_after(starts, base.train.steps), ahead=ahead))
     return tuple(trunks)
 

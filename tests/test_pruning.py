@@ -177,13 +177,13 @@ def test_of_the_trials_that_wait_the_best_goes_on_when_there_are_enough(tmp_path
     for number, loss in enumerate([3.0, 4.0, 2.0]):
         (left_folder(tmp_path, number, [(80, 0.1), (RUNG, loss)]) / "pruned").touch()
     runs = left_folder(tmp_path, 3, [(RUNG, 1.0)])
-    assert promote(tmp_path, "val_loss", RUNG) is None
+    assert promote(tmp_path, "val_loss", RUNG, "again") is None
     conclude(runs, "failed", "diverged")
     assert at_rung(tmp_path, "val_loss", RUNG)["trial-00002"] == 2.0
-    assert promote(tmp_path, "val_loss", RUNG) == {"at": 0.02}
+    assert promote(tmp_path, "val_loss", RUNG, "again") == {"at": 0.02}
     assert statuses(tmp_path) == ["pruned", "pruned", "running", "failed"]
     assert [trial.name for trial in promoted(tmp_path)] == ["trial-00002"]
-    assert promote(tmp_path, "val_loss", RUNG) is None
+    assert promote(tmp_path, "val_loss", RUNG, "once more") is None
 
 
 def test_the_most_accurate_goes_on(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_the_most_accurate_goes_on(tmp_path: Path) -> None:
         folder = left_folder(tmp_path, number, [])
         (folder / "metrics.jsonl").write_text(json.dumps({"step": RUNG, "val_accuracy": number / 4}) + "\n")
         (folder / "pruned").touch()
-    assert promote(tmp_path, "val_accuracy", RUNG) == {"at": 0.03}
+    assert promote(tmp_path, "val_accuracy", RUNG, "again") == {"at": 0.03}
 
 
 # --- median stopping ---
