@@ -81,12 +81,17 @@ def test_what_is_dropped_follows_from_the_step(small_run: dict[str, Any], alone:
     assert counted, "a probe drops something"
 
 
+def varied(raw: dict[str, Any]) -> dict[str, Any]:
+    """With what a run that continues could get wrong: it drops something, and has another pace after its first cut."""
+    raw["model"]["dropout"] = 0.1
+    raw["truncation"] |= {"lr_factor": 0.5, "batch_factor": 2}
+    return raw
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path, empty_store: Path, local_ray: None) -> Finished:
     raw = small_run_fixture.__wrapped__(tmp_path_factory.mktemp("run"), corpus)
-    raw["model"]["dropout"] = 0.1
-    raw["truncation"] |= {"lr_factor": 0.5, "batch_factor": 2}
-    config = parse_config(track(raw, empty_store))  # copies of the run have the same database
+    config = parse_config(track(varied(raw), empty_store))  # copies of the run have the same database
     train(config)
     return config, config.storage / config.name
 
@@ -111,7 +116,6 @@ def same_end(folder: Path, reference: Path, step: int) -> bool:
 
 
 def test_continuing_equals_never_having_stopped(finished: Finished, tmp_path: Path) -> None:
-    """The pace after the cuts, what is dropped and the order of the data included."""
     _, reference = finished
     config, folder = interrupted(finished, tmp_path, after=5)
     summary = train(config)
@@ -316,6 +320,7 @@ def test_runs_of_one_name_do_not_share_storage_of_checkpoints(small_run: dict[st
 def test_a_signal_ends_the_run_with_a_checkpoint(small_run: dict[str, Any], finished: Finished, tmp_path: Path) -> None:
     """SIGINT to the whole session, as a terminal does, and later SIGTERM; the same command continues each time."""
     _, reference = finished
+    varied(small_run)
     folder = Path(small_run["storage"]) / "small"
     points = Points(tmp_path / "points")
     points.arm("step", 4)
@@ -349,6 +354,22 @@ def test_a_signal_ends_the_run_with_a_checkpoint(small_run: dict[str, Any], fini
     assert train(parse_config(small_run))["final_dims"] == [4, 4]
     assert losses(folder) == losses(reference)
     assert same_end(folder, reference, 12)
+
+
+@pytest.mark.long
+def test_training_goes_on_while_a_checkpoint_is_written(small_run: dict[str, Any], tmp_path: Path) -> None:
+    """Until the next one is due, which waits for it."""
+    folder, write = Path(small_run["storage"]) / "small", ("write", "step-00000005")
+    points = Points(tmp_path / "points")
+    points.arm(*write)
+    driver = start(small_run, RAYDUCE_HOLD=str(points.folder))
+    points.held(driver, *write)
+    wait_while_running(driver, lambda: 6 in losses(folder), "a step after that of the checkpoint")
+    assert 5 not in checkpoint.complete_steps(checkpoints_of(folder, None))
+    points.let_go(*write)
+    _, said = driver.communicate(timeout=HANGS_S)
+    assert driver.returncode == 0, said
+    assert 5 in checkpoint.complete_steps(checkpoints_of(folder, None))
 
 
 @pytest.mark.long
