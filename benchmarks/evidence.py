@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.collection import write_rows
-from orchestrator.comparison_report import Row, markdown, read_comparison, together
+from orchestrator.comparison_report import Row, draw, markdown, read_comparison, together
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -198,13 +198,19 @@ def table(study: str, rows: list[Json]) -> str:
 
 
 def gather(path: Path, folders: list[Path]) -> None:
-    """Write the rows that comparisons have left in their folders; of a run that is in several, the last folder's."""
+    """Keep the rows that comparisons have left in their folders, and their figure in `docs/figures`.
+
+    Of a run that is in several folders, the last one's.
+    """
+    from orchestrator.comparison import METHODS
+
     rows: list[Row] = []
     for folder in folders:
         found = read_comparison(folder)
         assert found, f"{folder} holds no comparison"
         rows = together(rows, found)
     write_rows(path, [asdict(row) for row in rows])
+    draw(ROOT / "docs" / "figures" / f"{path.stem}.png", rows, METHODS)
 
 
 def compared(path: Path) -> str:

@@ -270,7 +270,8 @@ def _opponent(place: Place, cut: RunConfig, full: RunConfig, reached: Sequence[i
 def _own(cut: RunConfig, reached: Sequence[int]) -> dict[str, Any]:
     """As many states as truncation has reached, given to the layers by a model's own spectra.
 
-    Truncation's were those of another model. What settings have said of each layer, and rungs of a ladder, stay.
+    Truncation's were those of another model. What settings have said of each layer, and rungs of a ladder, stay. HSV
+    regularisation is published with another rule where layers differ: one share of the HSVs' energy for all, bisected.
     """
     assert cut.truncation is not None
     target = cut.truncation.target

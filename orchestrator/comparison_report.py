@@ -87,8 +87,13 @@ def write_comparison(folder: Path, rows: Sequence[Row], methods: Mapping[str, st
     text = "\n".join([table, "", *words, *MEANINGS, ""])
     write_whole(folder / PAGE, text)
     (folder / "figures").mkdir(exist_ok=True)
-    FigureCanvasAgg(_figure(rows, methods)).print_png(folder / "figures" / "comparison.png")
+    draw(folder / "figures" / "comparison.png", rows, methods)
     return text
+
+
+def draw(path: Path, rows: Sequence[Row], methods: Mapping[str, str]) -> None:
+    """Write a figure of quality against training time, with a point a method and size."""
+    FigureCanvasAgg(_figure(rows, methods)).print_png(path)
 
 
 def _of_another_size(rows: Sequence[Row]) -> list[str]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from compression.ranking import Target
@@ -18,6 +22,7 @@ from orchestrator.comparison import METHODS, PENALTIES, Place, Request, _opponen
 from orchestrator.comparison_report import Row, _figure, markdown, read_comparison, write_comparison
 from orchestrator.config import parse_config
 from orchestrator.errors import TrainingError, UserError
+from orchestrator.run_folder import read_metrics
 from orchestrator.trunk import untruncated
 from tests.runs import end_crews, family, lend_crews, losses, start, wait_while_running
 
@@ -36,7 +41,7 @@ def digits(tracked_run: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.cluster
 def test_every_method_ends_where_truncation_does(
-    digits: dict[str, Any], local_ray: None, monkeypatch: pytest.MonkeyPatch
+    digits: dict[str, Any], local_ray: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     lend_crews(monkeypatch, "orchestrator.comparison")
     config = parse_config(digits)
@@ -44,6 +49,7 @@ def test_every_method_ends_where_truncation_does(
     folder = Path(digits["storage"]) / "small-compare"
     runs = folder / "seed-0"
     rows = {row.method: row for row in compare(config, request)}
+    assert (folder / "comparison.md").read_text() in capfd.readouterr().out
     assert list(rows) == list(METHODS)
     assert [row.error for row in rows.values()] == [None] * len(rows)
     reached = rows["hankel"].final_dims
@@ -68,16 +74,23 @@ def test_every_method_ends_where_truncation_does(
         cut = json.loads((runs / method / "summary.json").read_text())["truncations"]
         assert [record["step"] for record in cut] == [20]
         assert losses(runs / method)[10] != whole[10]
+    taught, alone = losses(runs / "distill"), losses(runs / "scratch")
+    assert taught.keys() == alone.keys()
+    assert all(taught[step] != alone[step] for step in alone), "nobody listens to the teacher"
 
-    # Who needs the full-size model pays for it.
+    # Who needs the full-size model pays for it, and for whatever a step costs more.
     own = json.loads((runs / "distill" / "summary.json").read_text())["train_seconds"]
     assert rows["distill"].train_seconds == own + rows["full"].train_seconds
     assert rows["magnitude"].train_seconds > rows["full"].train_seconds
+    for method in PENALTIES:
+        steps = [row["step_ms"] / 1000 for row in read_metrics(runs / method) if "step_ms" in row]
+        assert len(steps) == 20
+        assert rows[method].train_seconds > sum(steps)
     _check_files(folder, rows)
-    _check_mlflow(digits, folder)
 
     assert compare(config, request) == list(rows.values())
     assert stamps_of(runs) == stamps
+    _check_mlflow(digits, folder)
 
 
 @pytest.mark.cluster
@@ -94,11 +107,19 @@ def test_more_can_be_asked_for_and_a_method_that_fails_is_told(
     folder = Path(digits["storage"]) / "small-compare"
     stamps = stamps_of(folder / "seed-0")
 
+    # As a kill would leave it: `scratch 0.2` was about to end.
+    killed = folder / "seed-0" / "scratch-0.2"
+    shutil.rmtree(killed / "checkpoints" / "step-00000020")
+    for name in ("summary.json", "reported"):
+        (killed / name).unlink()
+    del stamps[killed / "summary.json"]
+
     digits["train"] |= {"log_every": 5, "checkpoint_every": 4}  # with which a run may continue too
-    with pytest.raises(TrainingError, match=r"^1 of 3 runs have failed; the same command tries them again$"):
-        compare(parse_config(digits), replace(request, methods=("hsv_regularized",), tolerances=(0.2,)))
+    with pytest.raises(TrainingError, match=r"^1 of 4 runs have failed; the same command tries them again$"):
+        compare(parse_config(digits), replace(request, methods=("scratch", "hsv_regularized"), tolerances=(0.2,)))
     # What was asked for before stays in the table.
     found = read_comparison(folder)
+    assert {row.named: row.val_loss for row in rows}["scratch 0.2"] == found[3].val_loss
     later = ["full", "hankel 0.2", "hsv_regularized 0.2", "scratch 0.2", "hankel 0.6", "scratch 0.6"]
     assert [row.named for row in found] == later
     assert [row.named for row in found if row.error is not None] == ["hsv_regularized 0.2"]
@@ -174,6 +195,57 @@ def test_what_is_cut_at_its_end_shares_its_states_out_only_where_spectra_did(
     assert pruned.truncation.target == Target.model_validate(given)
 
 
+@pytest.mark.parametrize("method", [method for method in SMALLER if method != "hankel"])
+def test_methods_differ_in_nothing_but_what_they_are(digits: dict[str, Any], method: str) -> None:
+    """Magnitude pruning has longer, for its fine-tuning, at a rate that still changes something."""
+    digits["train"]["min_lr_factor"] = 0.0
+    config = parse_config(digits)
+    request = Request((method,), 1, (), fine_tune=0.2, penalty=1e-5)
+    opponent = _opponent(Place(method, "", 0), config, untruncated(config, "full"), [5, 4], request)
+    assert (opponent.seed, opponent.data) == (config.seed, config.data)
+    own = {"distill", "regularize"} | ({"steps"} if method == "magnitude" else set())
+    assert opponent.train.model_dump(exclude=own) == config.train.model_dump(exclude=own)
+    assert (opponent.train.distill is not None) == (method == "distill")
+    assert (opponent.train.regularize is not None) == (method in PENALTIES)
+    if opponent.train.distill is not None:
+        assert (opponent.train.distill.temperature, opponent.train.distill.alpha) == (2.0, 0.5)
+    if method == "magnitude":
+        cut = config.train.steps + 1
+        assert opponent.probe_steps == (cut,)
+        rate = opponent.pace(cut=True).lr * opponent.train.learning_rate(cut)
+        assert rate == pytest.approx(0.1 * config.train.lr)
+        assert opponent.train.steps == cut + 4
+
+
+def test_the_command_asks_for_what_it_was_told(
+    digits: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("orchestrator.comparison.compare", lambda config, request: asked.append((config, request)))
+    path = tmp_path / "digits.yaml"
+    path.write_text(yaml.safe_dump(digits))
+    options = ["--methods", "scratch, random", "--seeds", "5", "--tolerance", "0.1", "--tolerance", "0.2"]
+    command = ["compare", str(path), "name=other", *options, "--fine-tune", "0.3", "--penalty", "1e-3"]
+    assert CliRunner().invoke(main, command).exit_code == 0
+    [(config, request)] = asked
+    assert config.name == "other"
+    assert request == Request(("scratch", "random"), 5, (0.1, 0.2), 0.3, 1e-3)
+
+
+def test_a_method_that_there_is_not_is_refused_by_the_command(digits: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "digits.yaml"
+    path.write_text(yaml.safe_dump(digits))
+    refused = CliRunner().invoke(main, ["compare", str(path), "--methods", "pruning"])
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith("rayduce: --methods pruning must be one of full, hankel")
+
+
+def test_make_compare_has_all_methods_but_the_slowest() -> None:
+    makefile = (Path(__file__).resolve().parents[1] / "Makefile").read_text()
+    [named] = re.findall(r"--methods (\S+)", makefile)
+    assert set(named.split(",")) == set(METHODS) - {"nuclear_regularized"}
+
+
 def stamps_of(runs: Path) -> dict[Path, int]:
     """When each run that has ended did."""
     return {path: path.stat().st_mtime_ns for path in runs.glob("*/summary.json")}
@@ -197,6 +269,9 @@ def _check_mlflow(raw: dict[str, Any], folder: Path) -> None:
     parent, children = family(raw)
     assert parent.data.tags["mlflow.runName"] == folder.name
     assert {run.data.tags["method"] for run in children} >= set(METHODS)
+    client = mlflow.MlflowClient(raw["tracking"]["mlflow_uri"])
+    kept = {artifact.path for artifact in client.list_artifacts(parent.info.run_id)}
+    assert kept >= {"comparison.md", "comparison.parquet", "figures"}
 
 
 def row(method: str, seed: int, accuracy: float, seconds: float, error: str | None = None) -> Row:

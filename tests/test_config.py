@@ -11,6 +11,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from models.lru import LRUConfig
 from orchestrator.cli import main
 from orchestrator.config import RunConfig, load_config, parse_config, refuse_other_run
 from orchestrator.data.sources import SOURCES
@@ -45,6 +46,13 @@ def test_the_papers_configs_have_its_hyperparameters(name: str) -> None:
     sizes = (model.n_layers, model.d_model, model.d_state, train.steps, train.batch_size)
     assert (*sizes, train.lr, train.ssm_lr_factor, train.weight_decay, model.dropout) == PAPER[name]
     assert config.probe_steps == tuple(round(share * train.steps) for share in (0.025, 0.05, 0.075, 0.1))
+    # A cosine after a warm-up as long as the cuts; sMNIST's rate is constant.
+    pace = (0.0, 1.0) if name == "smnist" else (0.1, 0.0)
+    assert (train.warmup, train.min_lr_factor) == pace
+    assert isinstance(model, LRUConfig)
+    assert (model.r_min, model.r_max) == (0.9, 0.999)
+    assert config.truncation is not None
+    assert config.truncation.target.tolerance == (0.02 if name == "smnist" else 0.1)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,13 @@ def listops(**settings: Any) -> ListOps:
     return ListOps.model_validate({"source": "listops"} | SHORT | settings)
 
 
+def test_unless_told_otherwise_it_is_long_range_arenas() -> None:
+    """Tay et al. 2020, appendix: 500 to 2,000 tokens, ten levels, ten arguments; 96,000, 2,000 and 2,000 examples."""
+    plain = ListOps.model_validate({"source": "listops"})
+    assert (plain.min_length, plain.max_length, plain.max_depth, plain.max_args) == (500, 2000, 10, 10)
+    assert (plain.train_examples, plain.held_out_examples) == (96_000, 2_000)
+
+
 def words(tokens: bytes) -> list[str]:
     return [WORD_OF[token] for token in tokens]
 
