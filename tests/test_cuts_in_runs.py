@@ -98,7 +98,7 @@ def test_a_cut_after_which_training_diverges_is_taken_back(
     folder, summary = finished(
         small_run, name="guarded", truncation=diverges | {"guard": {"tolerance": 0, "patience": 9}}
     )
-    assert re.search(r"rolled back to step 100: the .* is no number", capfd.readouterr().out)
+    assert re.search(r"rolled back to step 100, before the cut: the .* is no number", capfd.readouterr().out)
     uncut, _ = finished(small_run, name="uncut", truncation=None)
     assert [cut["rolled_back"] for cut in summary["truncations"]] == [True]
     assert summary["final_dims"] == [16, 16]

@@ -239,7 +239,9 @@ def test_a_gradient_that_is_no_number_is_seen_on_every_worker(
 
 
 def mean_with_one_that_is_no_number(rank: int) -> list[float]:
-    return Group(rank, 2, torch.device("cpu")).mean([math.nan if rank == 1 else 1.0, 1.0 + rank])
+    return Group(rank, 2, torch.device("cpu")).mean(
+        [torch.tensor(math.nan if rank == 1 else 1.0), torch.tensor(1.0 + rank)]
+    )
 
 
 def test_a_loss_that_is_no_number_on_one_worker_is_none_on_any(pair: Pair) -> None:
