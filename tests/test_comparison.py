@@ -119,11 +119,11 @@ def test_more_can_be_asked_for_and_a_method_that_fails_is_told(
         compare(parse_config(digits), replace(request, methods=("scratch", "hsv_regularized"), tolerances=(0.2,)))
     # What was asked for before stays in the table.
     found = read_comparison(folder)
-    assert {row.named: row.val_loss for row in rows}["scratch 0.2"] == found[3].val_loss
-    later = ["full", "hankel 0.2", "hsv_regularized 0.2", "scratch 0.2", "hankel 0.6", "scratch 0.6"]
+    assert {row.named: row.val_loss for row in rows}["scratch 0.2"] == found[2].val_loss
+    later = ["full", "hankel 0.2", "scratch 0.2", "hsv_regularized 0.2", "hankel 0.6", "scratch 0.6"]
     assert [row.named for row in found] == later
     assert [row.named for row in found if row.error is not None] == ["hsv_regularized 0.2"]
-    assert f"- failed: hsv_regularized 0.2, seed 0: {found[2].error}\n" in (folder / "comparison.md").read_text()
+    assert f"- failed: hsv_regularized 0.2, seed 0: {found[3].error}\n" in (folder / "comparison.md").read_text()
     assert stamps.items() <= stamps_of(folder / "seed-0").items()
 
 
@@ -271,7 +271,7 @@ def _check_mlflow(raw: dict[str, Any], folder: Path) -> None:
     assert {run.data.tags["method"] for run in children} >= set(METHODS)
     client = mlflow.MlflowClient(raw["tracking"]["mlflow_uri"])
     kept = {artifact.path for artifact in client.list_artifacts(parent.info.run_id)}
-    assert kept >= {"comparison.md", "comparison.parquet", "figures"}
+    assert kept >= {"comparison.md", "comparison.parquet", "comparison.png"}
 
 
 def row(method: str, seed: int, accuracy: float, seconds: float, error: str | None = None) -> Row:
