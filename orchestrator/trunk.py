@@ -81,17 +81,17 @@ def shared_trunks(
     for point in points or space.edges():
         trial = space.config(base, point)
         groups.setdefault(trunk_of(trial).model_dump_json(), []).append(trial)
-    if len(groups) > 1 and not points:
+    one_for_all = len(groups) == 1
+    if not one_for_all and not points:
         return ()
-    later = [space.config(base, point) for point in further]
+    later = {space.config(base, point).uncut_steps for point in further if one_for_all}
     trunks = []
     for number, trials in enumerate(groups.values()):
-        if len(trials) > 1 or len(groups) == 1:
-            name = NAME if len(groups) == 1 else f"{NAME}-{number}"
-            trunk = Trunk(trunk_of(trials[0]).model_copy(update={"name": name}), frozenset(), 0)
+        if one_for_all or len(trials) > 1:
+            run = trunk_of(trials[0])
+            run = run if one_for_all else run.model_copy(update={"name": f"{NAME}-{number}"})
             starts = frozenset(trial.uncut_steps for trial in trials if points)
-            ahead = max(starts | {trial.uncut_steps for trial in later if len(groups) == 1}, default=0)
-            trunks.append(replace(trunk, saved=saved_after(starts, base.train.steps), ahead=ahead))
+            trunks.append(Trunk(run, saved_after(starts, base.train.steps), max(starts | later, default=0)))
     return tuple(trunks)
 
 
