@@ -25,9 +25,9 @@ from models.registry import ClassificationTask, build_model
 D_MODEL = 256
 
 
-def ours(d_state: int) -> nn.Module:
+def ours(d_state: int, d_model: int = D_MODEL) -> nn.Module:
     torch.manual_seed(SEED)
-    return Mamba(MambaConfig(kind="mamba", n_layers=1, d_model=D_MODEL, d_state=d_state), d_state)
+    return Mamba(MambaConfig(kind="mamba", n_layers=1, d_model=d_model, d_state=d_state), d_state)
 
 
 def mambapy(d_state: int) -> nn.Module:
@@ -51,9 +51,9 @@ def transformers(d_state: int) -> nn.Module:
     return mixer
 
 
-def our_mamba2(d_state: int) -> nn.Module:
+def our_mamba2(d_state: int, d_model: int = D_MODEL) -> nn.Module:
     torch.manual_seed(SEED)
-    return Mamba2(Mamba2Config(kind="mamba2", n_layers=1, d_model=D_MODEL, d_state=d_state), d_state, d_state)
+    return Mamba2(Mamba2Config(kind="mamba2", n_layers=1, d_model=d_model, d_state=d_state), d_state, d_state)
 
 
 def transformers_mamba2(d_state: int) -> nn.Module:
@@ -150,7 +150,9 @@ class LRUTask:
 SMNIST = LRUTask(d_state=256, d_model=8, n_features=1, batch=50, length=784)
 
 
-def lru_training_step(task: LRUTask, stateless: bool = False, penalty: Penalty | None = None) -> Step:
+def lru_training_step(
+    task: LRUTask, stateless: bool = False, penalty: Penalty | None = None, device: str = "cpu"
+) -> Step:
     """Loss, gradients and AdamW on one fixed batch, with the recurrence or without it, and with a penalty on it."""
     torch.manual_seed(SEED)
     config = LRUConfig(kind="lru", n_layers=1, d_model=task.d_model, d_state=task.d_state)
@@ -159,8 +161,9 @@ def lru_training_step(task: LRUTask, stateless: bool = False, penalty: Penalty |
         [block], [mixer] = model.backbone.layers, model.mixers()
         assert isinstance(mixer, LRU)
         block.mixer = StatelessLRU(mixer)
-    features_BLI = torch.randn(task.batch, task.length, task.n_features)
-    targets_B = torch.randint(10, (task.batch,))
+    model.to(device)
+    features_BLI = torch.randn(task.batch, task.length, task.n_features).to(device)
+    targets_B = torch.randint(10, (task.batch,)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     def step() -> None:
@@ -172,5 +175,7 @@ def lru_training_step(task: LRUTask, stateless: bool = False, penalty: Penalty |
             loss = loss + PENALTY_WEIGHT * penalty(mixer.system())
         loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
         optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
 
     return step

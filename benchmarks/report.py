@@ -80,7 +80,7 @@ def report(
     try:
         heading = head()
     except metadata.PackageNotFoundError as error:
-        parser.error(f"the peer {error.name} is not installed: pip install -e '.[bench]'")
+        parser.error(f"the peer {error.name} is not installed: pip install -e '.[bench]', and mamba-ssm for a GPU")
 
     results: list[Result] = []
     lines: list[tuple[str, ...]] = [HEADINGS]
