@@ -127,7 +127,7 @@ def _wait(
 ) -> list[Decision]:
     """Let only those layers be cut that are at rest and have not been cut yet."""
     at_rest = [occasion.last or decision.quiet >= stable.patience for decision in decisions]
-    if target.allocation == "global" or target.uniform:
+    if target.together:
         at_rest = [all(at_rest)] * len(at_rest)
     waiting = []
     for decision, spectrum, ready in zip(decisions, spectra, at_rest, strict=True):

@@ -50,10 +50,11 @@ class Target(BaseModel):
         None, description="State dimension after the last cut: of all layers, or of each."
     )
     fraction: Share | None = Field(None, description="Share of its states that a layer has after the last cut.")
-    budget: Budget | None = Field(None, description="Of all layers together; needs allocation global.")
+    budget: Budget | None = Field(None, description="Of all layers together.")
     allocation: Literal["layer", "global"] = Field(
         "layer",
-        description="Each layer on its own, or one ranking of all states by their share of their layer's spectrum.",
+        description="Each layer on its own, and with a budget the same share of every layer's spectrum; "
+        "or one ranking of all states by their share of their layer's spectrum.",
     )
     ladder: tuple[Dim, ...] | None = Field(
         None, description="Dimensions that the hardware likes; ranks are rounded up to them, or down for a budget."
@@ -67,8 +68,6 @@ class Target(BaseModel):
             raise ValueError(f"takes one of dim, fraction and budget, not {' and '.join(sizes)}")
         if not sizes and self.tolerance is None:
             raise ValueError("needs tolerance, dim, fraction or budget")
-        if self.budget is not None and self.allocation != "global":
-            raise ValueError("budget is for all layers together: it needs allocation global")
         if self.ladder is not None:
             if any(b <= a for a, b in zip(self.ladder, self.ladder[1:], strict=False)) or not self.ladder:
                 raise ValueError(f"ladder {list(self.ladder)} must increase")
@@ -79,6 +78,11 @@ class Target(BaseModel):
         if self.allocation == "global" and len(self.dims) > 1:
             raise ValueError(f"dim {self.dim} must be one number with allocation global, which shares it out")
         return self
+
+    @property
+    def together(self) -> bool:
+        """Whether how much one layer keeps depends on the others."""
+        return self.allocation == "global" or self.uniform or self.budget is not None
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -117,7 +121,7 @@ def choose_ranks(spectra: Sequence[Spectrum], target: Target, event: int, events
     would shrink it by less than 5 %, unless that is what the last event still needs to reach a size.
     """
     limits, size = _sizes(spectra, target, event, events)
-    if target.uniform and target.allocation == "global" and size:
+    if target.uniform and (target.allocation == "global" or target.budget is not None) and size:
         limits = [sum(limits) // len(limits)] * len(limits)
     limits = _rounded(limits, spectra, target)
     ranks, reasons = list(limits), [size] * len(spectra)
@@ -176,6 +180,20 @@ def _by_share(spectra: Sequence[Spectrum], costs: Sequence[int]) -> list[tuple[i
     return [(layer, -key * costs[layer]) for key, _, layer in sorted(states)]
 
 
+def _by_share_before(spectra: Sequence[Spectrum]) -> list[int]:
+    """The layers of all states, in the order in which layers get theirs that are to keep the same share of their mass.
+
+    A layer needs a state as soon as that share is more than what its larger ones hold.
+    """
+    states = [
+        (before / sum(spectrum.sigma), place, layer)
+        for layer, spectrum in enumerate(spectra)
+        if not spectrum.silent
+        for place, before in enumerate(accumulate(spectrum.sigma[:-1], initial=0.0))
+    ]
+    return [layer for _, _, layer in sorted(states)]
+
+
 def _sizes(spectra: Sequence[Spectrum], target: Target, event: int, events: int) -> tuple[list[int], str]:
     """The largest rank of each layer that a size allows at this event, on a ladder or not, and the reason in words."""
     dims = [spectrum.dim for spectrum in spectra]
@@ -195,7 +213,7 @@ def _sizes(spectra: Sequence[Spectrum], target: Target, event: int, events: int)
             what = f"fraction {target.fraction:g}"
         limits = [round(now(s.initial_dim, final)) for s, final in zip(spectra, finals, strict=True)]
         if target.allocation == "global":
-            limits = _allocate(spectra, [1] * len(spectra), sum(limits), floor)
+            limits = _allocate(spectra, [1] * len(spectra), sum(limits), floor, target.allocation)
         return [max(1, limit) for limit in limits], what + when
     if target.budget is not None:
         if target.budget.states is not None:
@@ -207,19 +225,23 @@ def _sizes(spectra: Sequence[Spectrum], target: Target, event: int, events: int)
             costs, what = [s.channels for s in spectra], f"budget of {target.budget.cost:g} of the scan cost"
             initial = sum(s.initial_dim * s.channels for s in spectra)
             total = int(now(initial, target.budget.cost * initial) * (1 + 1e-12))  # 0.57 of 100 are 57
-        return _allocate(spectra, costs, total, floor), what + when
+        return _allocate(spectra, costs, total, floor, target.allocation), what + when
     return dims, ""
 
 
-def _allocate(spectra: Sequence[Spectrum], costs: Sequence[int], total: int, floor: int) -> list[int]:
-    """Give out `total` to the states with the largest shares of their layer's mass for what they cost.
+def _allocate(
+    spectra: Sequence[Spectrum], costs: Sequence[int], total: int, floor: int, allocation: Literal["layer", "global"]
+) -> list[int]:
+    """Give out `total`: all layers keep the same share of their mass, or go by shares of single states for their cost.
 
+    The same share is how regularised models are cut as published (Schwerdtner, Berman, Peherstorfer, arXiv 2510.22951).
     A layer that carries nothing keeps its states, and every other one at least `floor` of them, whatever that costs.
     """
     ranks = [s.dim if s.silent else min(floor, s.dim) for s in spectra]
     left = total - sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
     given = list(ranks)  # which each layer's first states are counted against
-    for layer, _ in _by_share(spectra, costs):
+    of_states = [layer for layer, _ in _by_share(spectra, costs)]
+    for layer in of_states if allocation == "global" else _by_share_before(spectra):
         if given[layer] > 0:
             given[layer] -= 1
         elif costs[layer] <= left:  # else a layer's smaller states cost too much as well

@@ -33,7 +33,7 @@ class Stable(BaseModel):
     """One cut for each layer, as soon as its ranking has come to rest.
 
     A layer is quiet at a probe when its spectrum has drifted little since the probe before, and mostly the same
-    states come first. With global allocation the layers wait for each other.
+    states come first. Layers that are decided on together wait for each other.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -259,26 +259,26 @@ def _opponent(place: Place, cut: RunConfig, full: RunConfig, reached: Sequence[i
             longer = cut.train.model_copy(update={"steps": steps + 1 + max(1, round(request.fine_tune * steps))})
             faster = max(1.0, FINE_TUNED_AT * longer.lr / longer.learning_rate(steps + 1))
             pruning = {"score": "magnitude", "compensate": False, "steps": [steps + 1], "lr_factor": faster}
-            truncation = pruning | {"target": _own(cut, reached)}
+            truncation = pruning | {"target": _own(cut, reached, "global")}
             return parse_config(raw | {"train": longer.model_dump(mode="json"), "truncation": truncation})
         case _:
             penalty = {"regularize": {"weight": request.penalty, "form": PENALTIES[place.method]}}
-            truncation = {"target": _own(cut, reached), "steps": [steps]}
+            # As published: the same share of every layer's spectrum.
+            truncation = {"target": _own(cut, reached, "layer"), "steps": [steps]}
             return parse_config(raw | {"train": train | penalty, "truncation": truncation})
 
 
-def _own(cut: RunConfig, reached: Sequence[int]) -> dict[str, Any]:
+def _own(cut: RunConfig, reached: Sequence[int], allocation: Literal["layer", "global"]) -> dict[str, Any]:
     """As many states as truncation has reached, given to the layers by a model's own spectra.
 
-    Truncation's were those of another model. What settings have said of each layer, and rungs of a ladder, stay. HSV
-    regularisation is published with another rule where layers differ: one share of the HSVs' energy for all, bisected.
+    Truncation's were those of another model. What settings have said of each layer, and rungs of a ladder, stay.
     """
     assert cut.truncation is not None
     target = cut.truncation.target
-    of_each = target.allocation == "layer" and target.tolerance is None
+    of_each = target.allocation == "layer" and target.tolerance is None and target.budget is None
     if of_each or target.ladder is not None or target.uniform:
         return {"dim": list(reached)}
-    return {"budget": {"states": sum(reached)}, "allocation": "global"}
+    return {"budget": {"states": sum(reached)}, "allocation": allocation}
 
 
 def _tried(place: Place, config: RunConfig, full: RunConfig, before: int, team: _Team) -> Row:

@@ -175,24 +175,28 @@ def test_a_comparison_continues_with_what_runs_continue_with(digits: dict[str, A
         refuse_another_request(tmp_path, parse_config(digits), {"penalty": 2.0, "seeds": None})
 
 
+@pytest.mark.parametrize(("method", "allocation"), [("magnitude", "global"), ("hsv_regularized", "layer")])
 @pytest.mark.parametrize(
     ("target", "given"),
     [
-        ({"tolerance": 0.2}, {"budget": {"states": 9}, "allocation": "global"}),
-        ({"dim": 6, "allocation": "global"}, {"budget": {"states": 9}, "allocation": "global"}),
+        ({"tolerance": 0.2}, {"budget": {"states": 9}}),
+        ({"dim": 6, "allocation": "global"}, {"budget": {"states": 9}}),
+        ({"budget": {"states": 9}}, {"budget": {"states": 9}}),
         ({"dim": 6}, {"dim": [5, 4]}),
         ({"tolerance": 0.2, "ladder": [4, 5]}, {"dim": [5, 4]}),
     ],
 )
 def test_what_is_cut_at_its_end_shares_its_states_out_only_where_spectra_did(
-    digits: dict[str, Any], target: dict[str, Any], given: dict[str, Any]
+    digits: dict[str, Any], target: dict[str, Any], given: dict[str, Any], method: str, allocation: str
 ) -> None:
+    """By one ranking of all states, or the same share of every layer's spectrum."""
     digits["truncation"]["target"] = target
     config = parse_config(digits)
-    request = Request(("magnitude",), 1, (), 0.1, 1e-5)
-    pruned = _opponent(Place("magnitude", "", 0), config, untruncated(config, "full"), [5, 4], request)
-    assert pruned.truncation is not None
-    assert pruned.truncation.target == Target.model_validate(given)
+    request = Request((method,), 1, (), 0.1, 1e-5)
+    small = _opponent(Place(method, "", 0), config, untruncated(config, "full"), [5, 4], request)
+    assert small.truncation is not None
+    by = {"allocation": allocation} if "budget" in given else {}
+    assert small.truncation.target == Target.model_validate(given | by)
 
 
 @pytest.mark.parametrize("method", [method for method in SMALLER if method != "hankel"])

@@ -84,7 +84,6 @@ def test_the_papers_configs_have_its_hyperparameters(name: str) -> None:
         ("cluster.scan=triton", ["cluster", "scan triton needs use_gpu true", "auto, torch or cpu"]),
         ("truncation.target={}", ["truncation.target", "needs tolerance, dim, fraction or budget"]),
         ("truncation.target={dim: 4, fraction: 0.5}", ["truncation.target", "one of dim, fraction and budget"]),
-        ("truncation.target={budget: {states: 8}}", ["truncation.target", "needs allocation global"]),
         ("truncation.target={budget: {}, allocation: global}", ["truncation.target.budget", "states or cost"]),
         (
             "truncation.target={budget: {states: 40}, allocation: global}",

@@ -94,7 +94,11 @@ def test_a_layer_is_cut_when_it_has_been_quiet_for_long_enough() -> None:
 
 @pytest.mark.parametrize(
     ("target", "states"),
-    [(Target(budget={"states": 7}, allocation="global"), 7), (Target(dim=3, uniform=True), 6)],
+    [
+        (Target(budget={"states": 7}), 7),
+        (Target(budget={"states": 7}, allocation="global"), 7),
+        (Target(dim=3, uniform=True), 6),
+    ],
 )
 def test_what_is_decided_together_waits_for_all(target: Target, states: int) -> None:
     quiet = [selective_moments(seed=9)] * 6

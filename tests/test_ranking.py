@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from itertools import pairwise
@@ -154,11 +155,29 @@ def test_a_budget_of_states_is_met_exactly_and_spent_where_it_counts(seed: int) 
 
 
 @pytest.mark.parametrize("seed", range(6))
+def test_with_a_budget_of_its_layers_all_keep_the_same_share(seed: int) -> None:
+    """The oracle is the smallest tolerance that fits, for each layer on its own."""
+    spectra = random_spectra(seed)
+    for states in (5, 17, sum(s.dim for s in spectra) // 2):
+        ranks = [rank for rank, _ in choose_ranks(spectra, Target(budget={"states": states}), 1, 1)]
+        assert sum(ranks) == states
+        fitting = [1] * len(spectra)
+        for tolerance in sorted(1 - sum(s.sigma[:rank]) / sum(s.sigma) for s in spectra for rank in range(1, s.dim)):
+            found = [rank_within_tolerance(s.sigma, tolerance) for s in spectra]
+            if sum(found) <= states:
+                fitting = found
+                break
+        # What is left of the budget is not enough for all layers' next state.
+        assert all(more >= rank for more, rank in zip(ranks, fitting, strict=True))
+        assert sum(ranks) - sum(fitting) < len(spectra)
+
+
+@pytest.mark.parametrize("seed", range(6))
 def test_a_budget_of_cost_is_kept_to_within_one_state(seed: int) -> None:
     spectra = random_spectra(seed)
     whole = sum(s.dim * s.channels for s in spectra)
-    for share in (0.5, 0.8):
-        target = Target(budget={"cost": share}, allocation="global")
+    for share, allocation in itertools.product((0.5, 0.8), ("layer", "global")):
+        target = Target(budget={"cost": share}, allocation=allocation)
         ranks = [rank for rank, _ in choose_ranks(spectra, target, 1, 1)]
         cost = sum(rank * s.channels for rank, s in zip(ranks, spectra, strict=True))
         assert share * whole - max(s.channels for s in spectra) < cost <= share * whole
@@ -258,9 +277,12 @@ def test_uniform_gives_all_layers_the_largest_rank_but_keeps_to_a_budget() -> No
         ({"dim": 16, "ladder": (16, 32)}, 16),
     ],
 )
-def test_uniform_reaches_a_size_whatever_a_global_ranking_gives_each_layer(size: dict[str, Any], rank: int) -> None:
+@pytest.mark.parametrize("allocation", ["layer", "global"])
+def test_uniform_reaches_a_size_whatever_layers_would_get_by_themselves(
+    size: dict[str, Any], rank: int, allocation: str
+) -> None:
     spectra = [Spectrum(tuple(decay**i for i in range(64)), 64, 1) for decay in (0.5, 1.0, 0.8)]
-    target = Target(allocation="global", uniform=True, **size)
+    target = Target(allocation=allocation, uniform=True, **size)
     assert [rank for rank, _ in choose_ranks(spectra, target, 1, 1)] == [rank] * 3
 
 
