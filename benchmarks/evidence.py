@@ -14,11 +14,12 @@ each branches off at its first probe.
 
 from __future__ import annotations
 
+import argparse
 import fcntl
+import json
 import multiprocessing
 import os
 import statistics
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,8 +29,10 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
-from orchestrator.collection import write_rows
-from orchestrator.comparison_report import Row, draw, markdown, read_comparison, together
+from orchestrator.collection import REQUEST, write_rows
+from orchestrator.comparison_report import Row, draw, markdown, read_comparison
+from orchestrator.config import differences, parse_config
+from orchestrator.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -119,15 +122,32 @@ STUDIES: dict[str, dict[tuple[str, str], list[Variant]]] = {
 }
 
 
-def main(command: str, study: str, *options: str) -> None:
-    path = RESULTS / f"{study}.parquet"
-    if command == "gather":
-        gather(path, [Path(folder) for folder in options])
-        return
-    if command == "table":
-        print(table(study, _read(path)) if study in STUDIES else compared(path))
-        return
-    only = options[1] if options else ""
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run", help="train what is not in the results yet")
+    running.add_argument("study", choices=STUDIES)
+    running.add_argument("--only", default="", metavar="GROUP", help='such as "text, mamba"')
+    showing = commands.add_parser("table", help="print means over all seeds")
+    showing.add_argument("study", choices=sorted({*STUDIES, *(path.stem for path in RESULTS.glob("comparison_*"))}))
+    gathering = commands.add_parser("gather", help="keep the rows of comparisons")
+    gathering.add_argument("study", help="such as comparison_digits_400")
+    gathering.add_argument("folders", nargs="+", type=Path)
+    options = parser.parse_args()
+    path = RESULTS / f"{options.study}.parquet"
+    match options.command:
+        case "run":
+            run(options.study, options.only, path)
+        case "table":
+            print(table(options.study, _read(path)) if options.study in STUDIES else compared(path))
+        case "gather":
+            try:
+                gather(path, options.folders)
+            except UserError as error:
+                parser.error(str(error))
+
+
+def run(study: str, only: str, path: Path) -> None:
     done = {(row["task"], row["model"], row["seed"], row["variant"]) for row in _read(path)}
     jobs = []
     for (task, model), variants in STUDIES[study].items():
@@ -200,15 +220,27 @@ def table(study: str, rows: list[Json]) -> str:
 def gather(path: Path, folders: list[Path]) -> None:
     """Keep the rows that comparisons have left in their folders, and their figure in `docs/figures`.
 
-    Of a run that is in several folders, the last one's.
+    Of a seed that is in several folders, the last one's: its runs belong together.
+
+    Raises:
+        UserError: a folder holds no comparison, or one of something else than the others.
     """
     from orchestrator.comparison import METHODS
 
     rows: list[Row] = []
+    asked = []
     for folder in folders:
         found = read_comparison(folder)
-        assert found, f"{folder} holds no comparison"
-        rows = together(rows, found)
+        if not found:
+            raise UserError(f"{folder} holds no comparison")
+        seeds = {row.seed for row in found}
+        rows = [*(row for row in rows if row.seed not in seeds), *found]
+        asked.append(json.loads((folder / REQUEST).read_text()))
+    alike = {"name": path.stem, "seed": 0}
+    first, *others = [request["config"] | alike for request in asked]
+    for folder, config in zip(folders[1:], others, strict=True):
+        if changed := differences(parse_config(config), first):
+            raise UserError(f"{folder} is a comparison with another value of {', '.join(changed)}")
     write_rows(path, [asdict(row) for row in rows])
     draw(ROOT / "docs" / "figures" / f"{path.stem}.png", rows, METHODS)
 
@@ -244,4 +276,4 @@ def _mean(rows: list[Json], column: str) -> str:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

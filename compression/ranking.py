@@ -240,8 +240,8 @@ def _allocate(
     ranks = [s.dim if s.silent else min(floor, s.dim) for s in spectra]
     left = total - sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
     given = list(ranks)  # which each layer's first states are counted against
-    of_states = [layer for layer, _ in _by_share(spectra, costs)]
-    for layer in of_states if allocation == "global" else _by_share_before(spectra):
+    order = _by_share_before(spectra) if allocation == "layer" else [layer for layer, _ in _by_share(spectra, costs)]
+    for layer in order:
         if given[layer] > 0:
             given[layer] -= 1
         elif costs[layer] <= left:  # else a layer's smaller states cost too much as well

@@ -169,8 +169,9 @@ def compare(
     """Compare truncation of CONFIG with what it claims to beat: one table of quality, size and time.
 
     Every method trains with the same data order, steps and optimizer; those that end smaller get the dimensions that
-    truncation has reached. Distillation is charged its teacher's time, pruning its fine-tuning. The same command
-    continues a comparison that was interrupted; one that names more methods, tolerances or seeds trains those alone.
+    truncation has reached, and those that are cut at their end as many states in all. Distillation is charged its
+    teacher's time, pruning its fine-tuning. The same command continues a comparison that was interrupted; one that
+    names more methods, tolerances or seeds trains those alone.
 
     \b
     Examples:

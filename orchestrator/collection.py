@@ -33,14 +33,18 @@ def below(config: RunConfig, folder: Path) -> RunConfig:
 def refuse_another_request(folder: Path, config: RunConfig, request: Mapping[str, Any]) -> None:
     """Whether this is what was begun with in `folder`, if anything, but for what runs too may continue with.
 
+    What only one of both says is no difference.
+
     Raises:
         UserError: something else was asked for before; names what differs.
     """
     path = folder / REQUEST
     if path.exists():
         before = json.loads(path.read_text())
-        asked = json.loads(json.dumps(request))
-        changed = differences(config, before["config"]) + [words for _, words in changes(asked, before["request"])]
+        asked, then = json.loads(json.dumps(request)), before["request"]
+        both = {key: then[key] for key in asked.keys() & then.keys()}
+        changed = differences(config, before["config"])
+        changed += [words for _, words in changes({key: asked[key] for key in both}, both)]
         if changed:
             raise UserError(
                 f"{folder} cannot continue with another value of {', '.join(changed)}; another name= starts a new one"
@@ -49,8 +53,10 @@ def refuse_another_request(folder: Path, config: RunConfig, request: Mapping[str
 
 def remember_request(folder: Path, config: RunConfig, request: Mapping[str, Any]) -> None:
     """Keep what was asked for; not before all that a person can have got wrong has been found, and can be corrected."""
-    asked = {"config": config.model_dump(mode="json"), "request": request}
-    write_whole(folder / REQUEST, json.dumps(asked, indent=1) + "\n")
+    path = folder / REQUEST
+    earlier = json.loads(path.read_text())["request"] if path.exists() else {}
+    asked = {"config": config.model_dump(mode="json"), "request": earlier | dict(request)}
+    write_whole(path, json.dumps(asked, indent=1) + "\n")
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,6 +64,12 @@ class Request:
     penalty: float
     """Weight of the regularised methods' penalty."""
 
+    @property
+    def lasting(self) -> dict[str, float]:
+        """What cannot be another once runs have been trained with it."""
+        pruning = {"fine_tune": self.fine_tune} if "magnitude" in self.methods else {}
+        return pruning | ({} if PENALTIES.keys().isdisjoint(self.methods) else {"penalty": self.penalty})
+
 
 @dataclass(frozen=True)
 class Place:
@@ -91,7 +97,7 @@ def compare(config: RunConfig, request: Request) -> list[Row]:
     folder = config.storage / f"{config.name}-compare"
     with hold_folder(folder), ExitStack() as stack:
         # What is trained is not trained again, whatever else is asked for.
-        base, asked = below(config, folder), asdict(request) | {"seeds": None, "methods": None, "tolerances": None}
+        base, asked = below(config, folder), request.lasting
         refuse_another_request(folder, base, asked)
         task = describe(prepare(config.data, config.data_root)).task
         terminal = stack.enter_context(chatter_to(folder / "logs" / "ray.log"))

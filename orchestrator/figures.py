@@ -5,8 +5,8 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe and Ito's palette without its yellow, which vanishes on white.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
+# Okabe and Ito's palette without its yellow, which vanishes on white, and two more.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000", "#8C510A", "#999999")
 BLUE, VERMILION, GREEN, SKY, GREY = PALETTE[0], PALETTE[1], PALETTE[2], PALETTE[5], "#6b6b6b"
 
 

@@ -7,7 +7,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlflow
 import pyarrow.parquet as pq
@@ -18,9 +18,9 @@ from click.testing import CliRunner
 from compression.ranking import Target
 from orchestrator.cli import main
 from orchestrator.collection import refuse_another_request, remember_request
-from orchestrator.comparison import METHODS, PENALTIES, Place, Request, _opponent, check, compare
+from orchestrator.comparison import METHODS, PENALTIES, Place, Request, _opponent, _train_all, check, compare
 from orchestrator.comparison_report import Row, _figure, markdown, read_comparison, write_comparison
-from orchestrator.config import parse_config
+from orchestrator.config import DistillConfig, RegularizeConfig, RunConfig, parse_config
 from orchestrator.errors import TrainingError, UserError
 from orchestrator.run_folder import read_metrics
 from orchestrator.trunk import untruncated
@@ -209,16 +209,71 @@ def test_methods_differ_in_nothing_but_what_they_are(digits: dict[str, Any], met
     assert (opponent.seed, opponent.data) == (config.seed, config.data)
     own = {"distill", "regularize"} | ({"steps"} if method == "magnitude" else set())
     assert opponent.train.model_dump(exclude=own) == config.train.model_dump(exclude=own)
-    assert (opponent.train.distill is not None) == (method == "distill")
-    assert (opponent.train.regularize is not None) == (method in PENALTIES)
-    if opponent.train.distill is not None:
-        assert (opponent.train.distill.temperature, opponent.train.distill.alpha) == (2.0, 0.5)
+    teacher = config.storage / "full"
+    lesson = DistillConfig(teacher=teacher, temperature=2.0, alpha=0.5) if method == "distill" else None
+    assert opponent.train.distill == lesson
+    form = {"hsv_regularized": "hankel", "nuclear_regularized": "nuclear"}.get(method)
+    assert opponent.train.regularize == (
+        RegularizeConfig.model_validate({"weight": 1e-5, "form": form}) if form else None
+    )
+    begins_small = method in ("scratch", "distill")
+    assert list(opponent.model.state_dims) == ([5, 4] if begins_small else [16, 16])
+    assert (opponent.truncation is None) == begins_small
+    if opponent.truncation is not None:
+        cuts = {"magnitude": (21,), "hsv_regularized": (20,), "nuclear_regularized": (20,)}
+        assert opponent.probe_steps == cuts.get(method, config.probe_steps)
+        scores = {"magnitude": ("magnitude", False), "random": ("random", None), "smallest": ("smallest", None)}
+        assert (opponent.truncation.score, opponent.truncation.compensate) == scores.get(method, (None, None))
     if method == "magnitude":
         cut = config.train.steps + 1
-        assert opponent.probe_steps == (cut,)
         rate = opponent.pace(cut=True).lr * opponent.train.learning_rate(cut)
         assert rate == pytest.approx(0.1 * config.train.lr)
         assert opponent.train.steps == cut + 4
+
+
+def test_what_no_method_has_used_may_be_another_later(digits: dict[str, Any], tmp_path: Path) -> None:
+    """And what one has used stays, whatever is asked for in between."""
+    config = parse_config(digits)
+    for asked in (Request(("scratch",), 1, (), 0.1, 1e-5), Request(("hsv_regularized",), 1, (), 0.2, 2e-5)):
+        refuse_another_request(tmp_path, config, asked.lasting)
+        remember_request(tmp_path, config, asked.lasting)
+    pruned = Request(("magnitude",), 1, (), 0.3, 3e-5)
+    refuse_another_request(tmp_path, config, pruned.lasting)
+    remember_request(tmp_path, config, pruned.lasting)
+    with pytest.raises(UserError, match=r"penalty \(was 2e-05, is 3e-05\), fine_tune|fine_tune .*, penalty") as refused:
+        refuse_another_request(tmp_path, config, Request(tuple(METHODS), 1, (), 0.1, 3e-5).lasting)
+    assert "fine_tune (was 0.3, is 0.1)" in str(refused.value)
+
+
+def test_every_seed_is_trained_with_its_own_number_and_compared_with_its_own_runs(
+    digits: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is trained: what would be is written down. Where truncation fails, its opponents have no size."""
+    config = parse_config(digits)
+    trained: list[tuple[str, int]] = []
+
+    def train(place: Place, run: RunConfig, full: RunConfig, before: int, team: Any) -> Row:
+        trained.append((place.name, run.seed))
+        assert full.seed == run.seed == place.seed
+        assert run.storage == full.storage
+        if place == Place("hankel", "", 4):
+            raise TrainingError("diverged")
+        return replace(
+            row(place.method, place.seed, 0.5, 10.0), final_dims=[16, 16] if place.method == "full" else [5, 4]
+        )
+
+    monkeypatch.setattr("orchestrator.comparison._train", train)
+    rows = []
+    for seed in (3, 4):
+        own = config.model_copy(update={"seed": seed, "storage": config.storage / f"seed-{seed}"})
+        rows += _train_all(own, Request(("scratch", "distill"), 2, (), 0.1, 1e-5), cast(Any, None))
+    assert trained == [("full", 3), ("hankel", 3), ("scratch", 3), ("distill", 3), ("full", 4), ("hankel", 4)]
+    assert [found.train_seconds for found in rows[:4]] == [10.0, 10.0, 10.0, 20.0]
+    assert [found.error for found in rows[4:]] == [
+        None,
+        "diverged",
+        *["truncation, whose dimensions it is to have, has failed"] * 2,
+    ]
 
 
 def test_the_command_asks_for_what_it_was_told(
@@ -353,6 +408,12 @@ def test_what_a_method_cannot_train_is_refused_before_the_first(tracked_run: dic
     ("part", "own", "words"),
     [
         ("truncation", {"score": "random"}, r"truncation\.score random must be left out"),
+        ("truncation", {"guard": {"metric": "val_loss"}}, r"truncation\.stable and guard must be left out"),
+        (
+            "truncation",
+            {"steps": None, "stable": {"probes": 2, "patience": 1}},
+            r"truncation\.stable and guard must be left out",
+        ),
         ("train", {"regularize": {"weight": 1e-5}}, r"train\.distill and regularize must be left out"),
         ("train", {"distill": {"teacher": "/teacher"}}, r"train\.distill and regularize must be left out"),
     ],
@@ -362,6 +423,12 @@ def test_what_is_a_method_of_its_own_is_refused(
 ) -> None:
     digits[part] |= own
     with pytest.raises(UserError, match=words):
+        check(parse_config(digits), Request(("full",), 1, (), 0.1, 1e-5))
+
+
+def test_there_has_to_be_a_truncation_to_compare(digits: dict[str, Any]) -> None:
+    digits["truncation"] = None
+    with pytest.raises(UserError, match=r"^truncation null must say how and when to truncate"):
         check(parse_config(digits), Request(("full",), 1, (), 0.1, 1e-5))
 
 

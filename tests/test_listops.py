@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from models.registry import TokenClassificationTask
 from orchestrator.data import arrow
+from orchestrator.data import listops as listops_source
 from orchestrator.data.batches import TrainBatches
 from orchestrator.data.listops import OPERATORS, TOKEN_OF, VOCAB_SIZE, ListOps
 from orchestrator.data.sources import prepare
@@ -86,6 +87,19 @@ def test_values_and_lengths_are_right(settings: dict[str, Any]) -> None:
         found, depth = evaluate(words(tokens))
         assert found == value
         assert depth <= config.max_depth
+
+
+def test_trees_that_are_too_long_already_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With up to 20 arguments a tree would have 2.75 times as many nodes at each of its 20 levels."""
+    monkeypatch.setattr(listops_source, "MOST_NODES", 100_000)
+    generator = np.random.Generator(np.random.Philox(key=[0, 0]))
+    trees = listops_source._Trees.draw(generator, 20, 20, 60)
+    assert 0 < trees.count < listops_source.TREES
+    assert max(len(level.kinds) for level in trees.levels) <= 100_000
+    config = listops(max_depth=20, max_args=20)
+    for tokens, value in islice(config.generate(), 300):
+        assert evaluate(words(tokens))[0] == value
+        assert config.min_length < len(tokens) < config.max_length
 
 
 def test_operations_arguments_and_digits_are_drawn_evenly() -> None:

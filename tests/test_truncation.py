@@ -10,6 +10,7 @@ import torch
 from compression.gramians import LTISystem
 from compression.hankel import lti_balancing
 from compression.plan import StateTransform
+from compression.scores import Score
 from compression.truncation import BalancedLTI, diagonal_reduction
 from tests.plans import plan_of
 from tests.systems import (
@@ -46,6 +47,29 @@ SYSTEMS = {
         torch.linspace(1, -2, 10, dtype=torch.float64)[None].to(torch.complex128),
     ),
 }
+
+
+@pytest.mark.parametrize("score", ["smallest", "random"])
+def test_ablations_keep_other_balanced_coordinates(score: Score) -> None:
+    system, rank = SYSTEMS["moderate"], 5
+    balancing = lti_balancing(system)
+    drawn = [BalancedLTI(system, score, seed) for seed in (0, 0, 1)]
+    kept = [solution.own_N[:rank] for solution in drawn]
+    assert torch.equal(kept[0], kept[1])
+    assert torch.equal(kept[0], kept[2]) == (score == "smallest")
+    if score == "smallest":
+        assert torch.equal(kept[0], balancing.sigma_N.flip(0)[:rank])
+    assert torch.equal(drawn[0].own_N.sort(descending=True).values, balancing.sigma_N)
+    assert drawn[0].error_bound(rank) is None
+
+    outcome = drawn[0].reduce(rank)
+    assert isinstance(outcome.reduction, StateTransform)
+    assert float(outcome.reduction.eigenvalues_R.abs().max()) < 1
+    # What is kept are these coordinates and no others, in a basis in which they are diagonal.
+    places = [int((balancing.sigma_N == sigma).nonzero()) for sigma in drawn[0].own_N[: outcome.rank]]
+    left_RN, _ = balancing.projections(places)
+    both = torch.cat([left_RN, outcome.reduction.left_RN])
+    assert int(torch.linalg.matrix_rank(both, rtol=1e-8)) == outcome.rank
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5, 9])

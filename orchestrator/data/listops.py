@@ -32,6 +32,8 @@ OPERATION_SHARE = 0.25
 # Expressions that are drawn at once, and how many such draws may bring nothing new.
 TREES = 20_000
 PATIENCE = 100
+# A level that would have more nodes is not drawn before trees that are too long already are gone.
+MOST_NODES = 5_000_000
 EXAMPLES: dict[str, int] = {"train": 96_000, "val": 2_000, "test": 2_000}
 
 Example = tuple[bytes, int]
@@ -50,7 +52,7 @@ class ListOps(Source):
     min_length: int = Field(500, ge=1, description="Sequences have more tokens.")
     max_length: int = Field(2000, ge=5, description="Sequences have fewer tokens.")
     max_depth: int = Field(10, ge=2, le=20, description="Depth of the deepest digits.")
-    max_args: int = Field(10, ge=2, description="Most arguments of an operation.")
+    max_args: int = Field(10, ge=2, le=1000, description="Most arguments of an operation.")
     train_examples: int = Field(EXAMPLES["train"], ge=1, description="Sequences to train on.")
     held_out_examples: int = Field(EXAMPLES["test"], ge=1, description="Sequences each for test and val.")
     seed: int = Field(0, ge=0, lt=2**63, description="Of the sequences.")
@@ -118,7 +120,7 @@ class ListOps(Source):
         idle = 0
         while idle < PATIENCE:
             before = len(seen)
-            trees = _Trees.draw(generator, self.max_depth, self.max_args)
+            trees = _Trees.draw(generator, self.max_depth, self.max_args, self.max_length)
             for tokens, value in trees.between(self.min_length, self.max_length).examples():
                 if tokens not in seen:
                     seen.add(tokens)
@@ -151,24 +153,38 @@ class _Trees:
     count: int
 
     @classmethod
-    def draw(cls, generator: np.random.Generator, max_depth: int, max_args: int) -> _Trees:
-        levels = []
-        tree = np.arange(TREES)
+    def draw(cls, generator: np.random.Generator, max_depth: int, max_args: int, longer: int) -> _Trees:
+        """Those with `longer` tokens or more may be missing."""
+        levels: list[_Level] = []
+        tree, count = np.arange(TREES), TREES
         for depth in range(1, max_depth + 1):
             n = len(tree)
             is_operation = (generator.random(n) < OPERATION_SHARE) & (depth < max_depth)
             digits, operators = generator.integers(10, size=n), 10 + generator.integers(len(OPERATORS), size=n)
             arguments = np.where(is_operation, generator.integers(2, max_args + 1, size=n), 0)
             levels.append(_Level(np.where(is_operation, operators, digits), arguments, tree))
+            if arguments.sum() > MOST_NODES:
+                grown = cls(levels, count)
+                least = grown._lengths() + np.bincount(tree, arguments, count)
+                grown = grown._only(least < longer)
+                levels, count, (*_, last) = grown.levels, grown.count, grown.levels
+                tree, arguments = last.tree, last.arguments
             tree = np.repeat(tree, arguments)
-        return cls(levels, TREES)
+        return cls(levels, count)
 
     def between(self, shorter: int, longer: int) -> _Trees:
         """Only those with more than `shorter` and fewer than `longer` tokens."""
+        lengths = self._lengths()
+        return self._only((lengths > shorter) & (lengths < longer))
+
+    def _lengths(self) -> NDArray[np.int64]:
+        """Tokens of each tree."""
         lengths = np.zeros(self.count, np.int64)
         for level in self.levels:
             lengths += np.bincount(level.tree, 1 + (level.arguments > 0), self.count).astype(np.int64)
-        kept = (lengths > shorter) & (lengths < longer)
+        return lengths
+
+    def _only(self, kept: NDArray[np.bool_]) -> _Trees:
         number = np.cumsum(kept) - 1
         levels = []
         for level in self.levels:

@@ -137,6 +137,7 @@ class Pathfinder(Source):
 
     @property
     def dataset_name(self) -> str:
+        """Changes with the metadata alone: looking at 200,000 images would take longer than reading their dataset."""
         return f"pathfinder-{digest((self.held_out, file_facts(self._metadata())))}"
 
     @property
