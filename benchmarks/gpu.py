@@ -62,7 +62,7 @@ def timed_in_bfloat16(mine: BlockPass, others: dict[str, BlockPass], seconds: fl
     for step in (mine, *others.values()):
         step.rounds = True
         step()
-    return duel(mine, dict(others), seconds)
+    return duel(mine, others, seconds)
 
 
 def lru_after_cut(task: LRUTask, after: int, seconds: float) -> Duel:

@@ -99,6 +99,7 @@ def compare(config: RunConfig, request: Request) -> list[Row]:
         # What is trained is not trained again, whatever else is asked for.
         base, asked = below(config, folder), request.lasting
         refuse_another_request(folder, base, asked)
+        earlier = read_comparison(folder)
         task = describe(prepare(config.data, config.data_root)).task
         terminal = stack.enter_context(chatter_to(folder / "logs" / "ray.log"))
         stop = stack.enter_context(stop_request())
@@ -109,7 +110,6 @@ def compare(config: RunConfig, request: Request) -> list[Row]:
         team = _Team(crew, stop, tracker, task, terminal)
         sizes = len(request.tolerances) or 1
         total = request.seeds * (1 + sizes * (1 + len(_opponents(request))))
-        earlier = read_comparison(folder)
         rows: list[Row] = []
         for number in range(request.seeds):
             seed = config.seed + number

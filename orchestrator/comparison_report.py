@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from orchestrator.collection import write_rows
+from orchestrator.errors import UserError
 from orchestrator.figures import PALETTE, figure_of, style
 from orchestrator.run_folder import write_whole
 from orchestrator.terminal import count, dims
@@ -63,9 +65,16 @@ class Row:
 
 
 def read_comparison(folder: Path) -> list[Row]:
-    """The rows that `write_comparison` has left in a folder, if it has."""
+    """The rows that `write_comparison` has left in a folder, if it has.
+
+    Raises:
+        UserError: its file is damaged.
+    """
     path = folder / COMPARISON
-    return [Row(**row) for row in pq.read_table(path).to_pylist()] if path.exists() else []
+    try:
+        return [Row(**row) for row in pq.read_table(path).to_pylist()] if path.exists() else []
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path} is damaged ({error}); without it the same comparison writes it anew") from error
 
 
 def together(earlier: Sequence[Row], rows: Sequence[Row]) -> list[Row]:

@@ -371,6 +371,15 @@ def test_a_run_that_ends_with_other_states_than_truncation_is_told(tmp_path: Pat
     ]
 
 
+def test_a_damaged_table_is_told_in_a_sentence(digits: dict[str, Any], tmp_path: Path) -> None:
+    remember_request(tmp_path, parse_config(digits), {})
+    (tmp_path / "comparison.parquet").write_bytes(b"PAR1")
+    refused = CliRunner().invoke(main, ["report", str(tmp_path)])
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith(f"rayduce: {tmp_path / 'comparison.parquet'} is damaged (")
+    assert refused.stderr.endswith("; without it the same comparison writes it anew\n")
+
+
 def test_without_labels_the_quality_is_the_loss() -> None:
     rows = [replace(row(method, 0, 0.0, 10.0), val_accuracy=None, tokens_per_s=None) for method in ("full", "hankel")]
     head, _, full, _ = markdown(rows, METHODS).splitlines()
