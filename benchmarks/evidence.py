@@ -148,6 +148,7 @@ def main() -> None:
 
 
 def run(study: str, only: str, path: Path) -> None:
+    """Train what the file does not have yet, of all groups or of one, and print the table."""
     done = {(row["task"], row["model"], row["seed"], row["variant"]) for row in _read(path)}
     jobs = []
     for (task, model), variants in STUDIES[study].items():
