@@ -35,7 +35,7 @@ class Measured:
 @dataclass(frozen=True)
 class CutRecord:
     """One truncation as `summary.json` lists it. `seconds`: from the probe's start to the rebuilt engine, with the
-    certificate.
+    certificate and without a guard's checkpoint.
 
     Per layer: dimensions, the share of the spectrum that is kept, the bound on the error of LTI layers, and the
     measured relative error of the output (`LayerPlan`).

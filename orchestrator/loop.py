@@ -244,7 +244,9 @@ class Worker:
         guard = self._guard
         if guard is not None and self.watch is None:
             self.watch = Watch(step=self.step, before=before[guard.metric], evaluations_left=guard.patience + 1)
+            saving = time.perf_counter()
             self._write_checkpoint(checkpoint.uncut_at(self.checkpoints, self.step), after_cut=False)
+            started += time.perf_counter() - saving  # no checkpoint's time is the training's
         reach("plan", self.step)
         self.engine.reshape(plan)
         reach("reshape", self.step)
@@ -339,6 +341,8 @@ class Worker:
         self.step, self.train_seconds = step, manifest.train_seconds
         self.watch, self.val_loss = None, manifest.val_loss
         self.truncations = [replace(cut, rolled_back=cut.step >= step) for cut in self.truncations]
+        # The cut's own measurement is of this step, too.
+        self._publish([Measured(step, self._standing())])
         self._save(after_cut=False)
 
     def _save(self, after_cut: bool) -> None:

@@ -84,6 +84,8 @@ def test_a_cut_that_hurts_is_taken_back(small_run: dict[str, Any], local_ray: No
     ours, theirs = weights(folder), weights(uncut)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert not list((folder / "checkpoints").glob("uncut*"))
+    [back] = [row for row in read_metrics(folder) if "rolled_back" in row]
+    assert (back["step"], back["states"], back["d_state_00"]) == (100, 32.0, 16.0)
 
 
 @pytest.mark.cluster
