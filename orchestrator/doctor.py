@@ -59,9 +59,17 @@ def _python() -> Finding:
     return Finding("Python", "ok" if good else "missing", version, "" if good else "use Python 3.11 to 3.13")
 
 
+def _cxx() -> str:
+    """What torch, and DeepSpeed through it, calls: the first word of $CXX, else `c++`; it does not look for `g++`."""
+    given = os.environ.get("CXX", "")
+    try:
+        return (shlex.split(given) or ["c++"])[0]
+    except ValueError:  # a quote without its partner
+        return given
+
+
 def _compiler() -> Finding:
-    # torch, and DeepSpeed through it, calls $CXX, else `c++`; it does not look for `g++`.
-    chosen = (shlex.split(os.environ.get("CXX", "")) or ["c++"])[0]
+    chosen = _cxx()
     if path := shutil.which(chosen):
         return Finding("C++ compiler", "ok", _version_of(path))
     if other := shutil.which("g++"):
@@ -75,7 +83,7 @@ def _headers() -> Finding:
     header, remedy = Path(sysconfig.get_path("include"), "Python.h"), "apt install python3-dev, or the like"
     if header.is_file():
         return Finding("Python headers", "ok", str(header))
-    builds = shutil.which("ninja") and shutil.which((shlex.split(os.environ.get("CXX", "")) or ["c++"])[0])
+    builds = shutil.which("ninja") and shutil.which(_cxx())
     return Finding("Python headers", "missing" if builds else "note", str(header), remedy)
 
 
@@ -161,12 +169,15 @@ def _torch_gpu_deepspeed() -> list[Finding]:
 
 
 def _ray() -> Finding:
-    finding, address = _package("Ray", "ray"), os.environ.get("RAY_ADDRESS", "")
-    if finding.state == "missing" or address in ("", "local", "auto"):
+    finding = _package("Ray", "ray")
+    if finding.state == "missing":
         return finding
-    from orchestrator.ray_cluster import why_unreachable  # Ray may be what is missing
+    from orchestrator.ray_cluster import HERE, cluster_address  # Ray may be what is missing
 
-    if failure := why_unreachable(address):
-        detail = f"RAY_ADDRESS={address} does not answer ({failure})"
-        return Finding("Ray", "missing", detail, "start the cluster, or unset RAY_ADDRESS to train here")
+    try:
+        address = cluster_address()
+    except UserError as error:
+        return Finding("Ray", "missing", str(error))
+    if address in (HERE, "auto"):
+        return finding
     return replace(finding, detail=f"{finding.detail}, cluster at {address} answers")

@@ -19,8 +19,8 @@ from orchestrator.config import ClusterConfig, RunConfig
 from orchestrator.errors import UserError
 
 START_TRIES = 3
-# The values of RAY_ADDRESS with which Ray starts on this machine.
-HERE = ("", "local")
+# With this RAY_ADDRESS, or none, Ray starts on this machine.
+HERE = "local"
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def ray_cluster(config: RunConfig) -> Iterator[None]:
         address = cluster_address()
         _connect(address)
     try:
-        _check_resources(config, may_grow=ours and address not in HERE)
+        _check_resources(config, may_grow=ours and address != HERE)
         yield
     finally:
         if ours:
@@ -45,17 +45,28 @@ def ray_cluster(config: RunConfig) -> Iterator[None]:
 
 
 def cluster_address() -> str:
-    """What RAY_ADDRESS says, where something answers there.
+    """What RAY_ADDRESS says, where something answers there within a second; HERE where it says nothing.
 
     Raises:
         UserError: it is not the address of a cluster, or nothing answers.
     """
-    address = os.environ.get("RAY_ADDRESS", "local")
-    if "://" in address:
+    address = os.environ.get("RAY_ADDRESS") or HERE
+    if address in (HERE, "auto"):  # with which Ray looks by itself
+        return address
+    try:
+        parts = urlsplit(f"//{address}")
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if not host or not port:
         raise UserError(f"RAY_ADDRESS {address} must be HOST:PORT of the cluster; from elsewhere, use ray job submit")
-    # Ray itself would try for minutes.
-    if failure := why_unreachable(address):
-        raise UserError(f"RAY_ADDRESS {address} cannot be reached ({failure}); unset it to train on this machine")
+    try:
+        # Ray itself would try for minutes.
+        socket.create_connection((host, port), timeout=1).close()
+    except OSError as error:
+        raise UserError(
+            f"RAY_ADDRESS {address} cannot be reached ({error}); unset it to train on this machine"
+        ) from error
     return address
 
 
@@ -143,15 +154,3 @@ def workers_that_fit(cluster: ClusterConfig) -> int:
 
 def _per_worker(cluster: ClusterConfig) -> dict[str, int]:
     return {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
-
-
-def why_unreachable(address: str) -> str | None:
-    """Why nothing answers at RAY_ADDRESS within a second; None where it does, or where Ray looks by itself."""
-    if address in ("", "local", "auto"):
-        return None
-    try:
-        parts = urlsplit(address if "://" in address else f"ray://{address}")
-        socket.create_connection((parts.hostname or "", parts.port or 6379), timeout=1).close()
-    except (OSError, ValueError) as error:
-        return str(error)
-    return None

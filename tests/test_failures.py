@@ -120,6 +120,8 @@ def test_a_coordinator_alone_allows_as_many_failures_as_it_is_told() -> None:
     [
         ("http://127.0.0.1:8265", "must be HOST:PORT"),
         ("ray://127.0.0.1:10001", "must be HOST:PORT"),
+        ("127.0.0.1", "must be HOST:PORT"),
+        ("127.0.0.1:port", "must be HOST:PORT"),
         ("127.0.0.1:1", "cannot be reached"),
     ],
 )
@@ -127,3 +129,9 @@ def test_an_address_of_something_else_is_refused(address: str, words: str, monke
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(UserError, match=f"RAY_ADDRESS {address} {words}"):
         cluster_address()
+
+
+@pytest.mark.parametrize(("address", "found"), [("", "local"), ("local", "local"), ("auto", "auto")])
+def test_where_ray_looks_by_itself_nothing_is_tried(address: str, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert cluster_address() == found
