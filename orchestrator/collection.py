@@ -15,10 +15,11 @@ from orchestrator.config import RunConfig, changes, differences
 from orchestrator.errors import UserError
 from orchestrator.filesystem import inside
 from orchestrator.mlflow_tracker import MlflowTracker, mlflow_tracker, mlflow_uri
-from orchestrator.run_folder import write_whole
+from orchestrator.run_folder import read_json, write_whole
 from orchestrator.tracking import closing
 
 REQUEST = "request.json"
+ASKED = ("config", "request")
 
 
 def below(config: RunConfig, folder: Path) -> RunConfig:
@@ -31,16 +32,16 @@ def below(config: RunConfig, folder: Path) -> RunConfig:
 
 
 def refuse_another_request(folder: Path, config: RunConfig, request: Mapping[str, Any]) -> None:
-    """Whether this is what was begun with in `folder`, if anything, but for what runs too may continue with.
+    """Check that this is what was begun with in `folder`, if anything, but for what runs too may continue with.
 
     What only one of both says is no difference.
 
     Raises:
-        UserError: something else was asked for before; names what differs.
+        UserError: something else was asked for before; names what differs. Or what was asked for cannot be read.
     """
     path = folder / REQUEST
     if path.exists():
-        before = json.loads(path.read_text())
+        before = read_json(path, *ASKED)
         asked, then = json.loads(json.dumps(request)), before["request"]
         both = {key: then[key] for key in asked.keys() & then.keys()}
         changed = differences(config, before["config"])
@@ -54,8 +55,8 @@ def refuse_another_request(folder: Path, config: RunConfig, request: Mapping[str
 def remember_request(folder: Path, config: RunConfig, request: Mapping[str, Any]) -> None:
     """Keep what was asked for; not before all that a person can have got wrong has been found, and can be corrected."""
     path = folder / REQUEST
-    earlier = json.loads(path.read_text())["request"] if path.exists() else {}
-    asked = {"config": config.model_dump(mode="json"), "request": earlier | dict(request)}
+    earlier = read_json(path, *ASKED)["request"] if path.exists() else {}
+    asked = dict(zip(ASKED, (config.model_dump(mode="json"), earlier | dict(request)), strict=True))
     write_whole(path, json.dumps(asked, indent=1) + "\n")
 
 

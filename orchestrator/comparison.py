@@ -7,7 +7,6 @@ have in common, as most have with full size up to the first probe, is trained on
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -19,7 +18,7 @@ import torch
 
 from models.registry import Task, build_model
 from orchestrator import launch
-from orchestrator.collection import REQUEST, below, parent_run, refuse_another_request, remember_request
+from orchestrator.collection import ASKED, REQUEST, below, parent_run, refuse_another_request, remember_request
 from orchestrator.comparison_report import COMPARISON, PAGE, Row, read_comparison, together, write_comparison
 from orchestrator.config import RunConfig, parse_config
 from orchestrator.crew import Crew
@@ -29,6 +28,7 @@ from orchestrator.errors import TrainingError, UserError
 from orchestrator.launch import Lent
 from orchestrator.mlflow_tracker import MlflowTracker, Nesting, mlflow_command
 from orchestrator.ray_cluster import ray_cluster
+from orchestrator.run_folder import read_json
 from orchestrator.signals import StopRequest, stop_request
 from orchestrator.storage import hold_folder
 from orchestrator.terminal import Terminal, chatter_to, duration
@@ -173,7 +173,7 @@ def check(config: RunConfig, request: Request) -> None:
 
 def render(folder: Path) -> Path:
     """Write the page and the figure of the comparison in `folder` again, from its rows; the page."""
-    config = parse_config(json.loads((folder / REQUEST).read_text())["config"])
+    config = parse_config(read_json(folder / REQUEST, *ASKED)["config"])
     write_comparison(folder, read_comparison(folder), _described(config))
     return folder / PAGE
 

@@ -71,9 +71,18 @@ def read_comparison(folder: Path) -> list[Row]:
         UserError: its file is damaged.
     """
     path = folder / COMPARISON
+    return read_rows(path) if path.exists() else []
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a comparison in a Parquet file.
+
+    Raises:
+        UserError: it is damaged, or of another version.
+    """
     try:
-        return [Row(**row) for row in pq.read_table(path).to_pylist()] if path.exists() else []
-    except pa.ArrowInvalid as error:
+        return [Row(**row) for row in pq.read_table(path).to_pylist()]
+    except (pa.ArrowInvalid, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); without it the same comparison writes it anew") from error
 
 

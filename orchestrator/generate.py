@@ -29,8 +29,8 @@ def generate_text(
     for the beginning of a line. Without a seed every call draws anew.
 
     Raises:
-        UserError: at once, where a setting is out of its range, `run` has no language model to load, or its tokenizer
-            is gone; while pieces are drawn, where that model has diverged.
+        UserError: at once, where a setting is out of its range, `run` has no language model to load, its tokenizer is
+            gone, or the prompt is nothing for it; while pieces are drawn, where that model has diverged.
     """
     if tokens < 1:
         raise UserError(f"tokens {tokens} must be at least 1")
@@ -81,6 +81,10 @@ def _bytes(prompt: str) -> tuple[Sequence[int], Decode]:
 
 
 def _tokens(prompt: str, name: str, model: LanguageModel) -> tuple[Sequence[int], Decode]:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"prompt {prompt!r} must be UTF-8, which data.tokenizer {name} takes") from error
     loaded = tokenizer.load(name)
     if (size := tokenizer.vocab_size(loaded)) != (trained := model.lm_head.out_features):
         raise UserError(f"data.tokenizer {name} has {size} tokens, but the run was trained with {trained}")

@@ -41,7 +41,7 @@ def read_run(folder: Path) -> Recorded:
     """
     rows = read_metrics(folder)
     order = ("step", "attempt", "event")
-    written = [_load(path, *order, "digest", "layers") for path in folder.glob("plans/*.json")]
+    written = [read_json(path, *order, "digest", "layers") for path in folder.glob("plans/*.json")]
     written.sort(key=lambda plan: [plan[key] for key in order])
     # A restarted attempt plans the same step again: the latest attempt is what was carried out.
     plans = list({plan["step"]: plan for plan in written}.values())
@@ -49,7 +49,7 @@ def read_run(folder: Path) -> Recorded:
     end = min((row["step"] for row in rows if "rolled_back" in row), default=math.inf)
     plans = [plan for plan in plans if plan["step"] <= end]
     if (folder / "summary.json").is_file():
-        summary = _load(folder / "summary.json", "truncations")
+        summary = read_json(folder / "summary.json", "truncations")
         cuts = summary["truncations"]
     else:
         summary, measured = {}, {row["step"]: row for row in rows}
@@ -79,6 +79,23 @@ def read_metrics(folder: Path) -> list[Json]:
     if not rows:
         raise UserError(f"{path} holds no complete row: expected one JSON object a line")
     return rows
+
+
+def read_json(path: Path, *keys: str) -> Json:
+    """A JSON object of a run, a sweep or a comparison, which has at least these keys.
+
+    Raises:
+        UserError: it is missing, broken, or lacks one of them.
+    """
+    try:
+        content: Json = json.loads(path.read_bytes())
+        if absent := [key for key in keys if key not in content]:
+            raise ValueError(f"without {', '.join(absent)}")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is broken ({error}): expected a JSON object with {', '.join(keys)}") from error
+    return content
 
 
 def metrics_so_far(folder: Path) -> list[Json]:
@@ -134,16 +151,6 @@ def drop_plans_after(folder: Path, step: int) -> None:
 
 def plan_path(folder: Path, plan: TruncationPlan) -> Path:
     return folder / "plans" / f"step-{plan.step:08d}-attempt-{plan.attempt}.json"
-
-
-def _load(path: Path, *keys: str) -> Json:
-    try:
-        content: Json = json.loads(path.read_bytes())
-        if absent := [key for key in keys if key not in content]:
-            raise ValueError(f"without {', '.join(absent)}")
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is broken ({error}): expected a JSON object with {', '.join(keys)}") from error
-    return content
 
 
 def _cut(plan: Json, row: Json) -> Json:

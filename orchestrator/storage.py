@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import socket
@@ -12,16 +11,17 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from orchestrator.checkpoint import Manifest, newest, read_manifest, verify
-from orchestrator.config import RunConfig, differences, refuse_other_run
+from orchestrator.config import RunConfig, differences, load_config, refuse_other_run
 from orchestrator.errors import UserError
 from orchestrator.filesystem import Folder, reason
 from orchestrator.mlflow_tracker import MLFLOW_RUN
+from orchestrator.run_folder import read_json
 
 # Locked by the driver for as long as it lives; holds who that is.
 LOCK = "driver.lock"
+# The effective config of the last start.
+CONFIG = "config.yaml"
 
 
 def checkpoints_of(run: Path, storage: str | None, retry_s: float = 0) -> Folder:
@@ -143,7 +143,7 @@ def earlier_start(config: RunConfig, folder: Path, retry_s: float = 0) -> Manife
 def _refuse_other_place(config: RunConfig, folder: Path) -> None:
     """To start over for want of checkpoints would take away the metrics and plans of those that are elsewhere."""
     storage = config.checkpoints.storage
-    earlier = earlier_storage(folder) if (folder / "config.yaml").exists() else storage
+    earlier = earlier_storage(folder) if (folder / CONFIG).exists() else storage
     if earlier != storage and newest(checkpoints_of(folder, earlier)) is not None:
         here, there = (place or "the run's own folder" for place in (storage, earlier))
         raise UserError(
@@ -153,12 +153,13 @@ def _refuse_other_place(config: RunConfig, folder: Path) -> None:
 
 
 def earlier_storage(folder: Path) -> str | None:
-    """The checkpoints.storage that the run in this folder was last started with, if it was."""
-    before = folder / "config.yaml"
-    if not before.exists():
-        return None
-    storage: str | None = yaml.safe_load(before.read_text())["checkpoints"]["storage"]
-    return storage
+    """The checkpoints.storage that the run in this folder was last started with, if it was.
+
+    Raises:
+        UserError: the config that it has left cannot be read, or is none.
+    """
+    before = folder / CONFIG
+    return load_config(before).checkpoints.storage if before.exists() else None
 
 
 def finished(config: RunConfig, folder: Path) -> dict[str, Any] | None:
@@ -170,9 +171,8 @@ def finished(config: RunConfig, folder: Path) -> dict[str, Any] | None:
     path = folder / "summary.json"
     if not path.exists():
         return None
-    refuse_other_run(config, yaml.safe_load((folder / "config.yaml").read_text()))
-    summary: dict[str, Any] = json.loads(path.read_text())
-    return summary
+    refuse_other_run(config, load_config(folder / CONFIG).model_dump(mode="json"))
+    return read_json(path, "truncations")
 
 
 def start_over(config: RunConfig, folder: Path) -> None:
@@ -181,6 +181,6 @@ def start_over(config: RunConfig, folder: Path) -> None:
     The MLflow run stays where the config is the same, so that a training has one.
     """
     (folder / "metrics.jsonl").unlink(missing_ok=True)
-    before = folder / "config.yaml"
-    if before.exists() and differences(config, yaml.safe_load(before.read_text())):
+    before = folder / CONFIG
+    if before.exists() and differences(config, load_config(before).model_dump(mode="json")):
         (folder / MLFLOW_RUN).unlink(missing_ok=True)

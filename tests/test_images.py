@@ -17,7 +17,7 @@ import pytest
 from models.registry import ClassificationTask
 from orchestrator.data import arrow, plain_pickle
 from orchestrator.data.batches import TrainBatches, validation_batches
-from orchestrator.data.images import CIFAR_MEAN, CIFAR_STD, Cifar10, FashionMnist, Mnist
+from orchestrator.data.images import CIFAR_MEAN, CIFAR_STD, Cifar10, FashionMnist, Mnist, _check_labels
 from orchestrator.data.sources import prepare
 from orchestrator.errors import UserError
 
@@ -344,6 +344,11 @@ def test_archives_that_are_none_or_incomplete_are_refused(batches: Batches, tmp_
         with pytest.raises(UserError, match=words) as refused:
             prepare(Cifar10(source="cifar10", path=tmp_path / name), tmp_path / "data")
         assert "\n" not in str(refused.value)
+
+
+def test_the_label_that_is_wrong_is_named() -> None:
+    with pytest.raises(UserError, match="it holds the label -1; labels are 0 to 9"):
+        _check_labels(np.array([3, -1, 9]), "it")
 
 
 def test_labels_and_shapes_that_are_not_cifars_are_refused(batches: Batches, tmp_path: Path) -> None:

@@ -298,6 +298,12 @@ def test_generated_tokens_are_decoded_by_the_tokenizer(run: Path, prompt: str, m
     assert len(pieces) > len(following)
 
 
+def test_a_prompt_that_is_no_text_is_refused(run: Path) -> None:
+    """Byte C3, as Python reads it among a command's arguments."""
+    with pytest.raises(UserError, match=r"prompt '\\udcc3' must be UTF-8"):
+        generate.generate_text(run, "\udcc3", 4, 0.8, None, None)
+
+
 def test_tokens_that_are_no_text_stay_visible_and_bounded(run: Path) -> None:
     first, again = (list(generate.generate_text("run", "x", 60, 1.0, None, seed=5)) for _ in range(2))
     assert first == again

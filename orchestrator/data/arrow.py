@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from models.registry import (
     ClassificationTask,
@@ -179,7 +179,7 @@ def describe(folder: Path) -> Description:
         return Description.model_validate(json.loads(path.read_text()))
     except OSError as error:
         raise UserError(f"no dataset at {folder}: {path.name} is missing or unreadable") from error
-    except (ValidationError, json.JSONDecodeError) as error:
+    except ValueError as error:  # as pydantic's errors, JSON's and those of bytes that are no text are
         raise UserError(f"{path} is damaged; delete {folder} to have it prepared again") from error
 
 

@@ -240,8 +240,9 @@ def _read_pickle(name: str, data: bytes) -> tuple[Pixels, NDArray[np.int64]]:
 
 
 def _check_labels(labels: NDArray[np.integer], name: object) -> None:
-    if labels.size and (int(labels.max()) > 9 or int(labels.min()) < 0):
-        raise UserError(f"{name} holds the label {int(labels.max())}; labels are 0 to 9")
+    wrong = labels[(labels < 0) | (labels > 9)]
+    if wrong.size:
+        raise UserError(f"{name} holds the label {int(wrong[0])}; labels are 0 to 9")
 
 
 def _colours(pixels: Pixels) -> Features:

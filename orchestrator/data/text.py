@@ -176,9 +176,7 @@ def _records_of_parquet(path: Path, field: str) -> Iterator[bytes]:
                 for value in batch.column(0).to_pylist():
                     number += 1
                     yield _record(value, field, f"row {number} of {path}")
-    except OSError as error:
-        raise UserError(f"{path} is not a whole Parquet file: {' '.join(str(error).split())}") from error
-    except pa.ArrowException as error:
+    except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path} is not a whole Parquet file: {' '.join(str(error).split())}") from error
 
 
