@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -16,6 +21,11 @@ def figure_of(height: float, title: str = "") -> Figure:
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     return figure
+
+
+def colours_of(lines: int) -> Sequence[Any]:
+    """A colour for each of so many lines: the palette's, or where there are more, in the order of a colour map."""
+    return PALETTE if lines <= len(PALETTE) else list(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, lines)))
 
 
 def style(axes: Axes, x_label: str, y_label: str) -> None:

@@ -4,22 +4,20 @@ Everything is read back from the files the run left (`metrics.jsonl`, `plans/*.j
 `config.yaml`), so a report can be made at any time: after the run, while it trains, or after it was killed.
 """
 
-import base64
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from orchestrator.figures import BLUE, GREY, PALETTE, SKY, VERMILION, figure_of, style
+from orchestrator.figures import BLUE, GREY, PALETTE, SKY, VERMILION, colours_of, figure_of, style
+from orchestrator.page import write_page
 from orchestrator.run_folder import Json, Recorded, read_run, total_bounds
 
 SMOOTH_FROM = 200  # training-loss points above which a running mean is drawn over them
@@ -30,9 +28,6 @@ CAPTIONS = {
     "A ring marks a cut.",
     "hsv_spectra": "Hankel singular values at every probe, largest first. A dot marks the rank of a cut.",
 }
-TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-)
 
 
 def write_report(run: Path) -> Path:
@@ -42,29 +37,22 @@ def write_report(run: Path) -> Path:
     Returns its path. Raises UserError where `run` is not the folder of a run or a file in it is broken.
     """
     recorded = read_run(run)
-    figures = [(CAPTIONS[path.stem], path.read_bytes()) for path in _draw(recorded, run / "figures")]
-    html = TEMPLATES.get_template("report.html.j2").render(
+    figures = {
+        "loss": _loss(recorded),
+        "state_dims": _state_dims(recorded),
+        "hsv_spectra": _spectra(recorded),
+        "hsv_drift": _drift(recorded),
+    }
+    return write_page(
+        run,
+        "report.html.j2",
+        figures,
+        CAPTIONS,
         name=recorded.summary.get("name") or run.resolve().name,
         run=recorded,
         bounds=total_bounds([cut for cut in recorded.cuts if not cut["rolled_back"]]),
         dims=[list(known.values()) for known in _dims_over_steps(recorded).values()],
-        figures=[(caption, base64.b64encode(image).decode()) for caption, image in figures],
     )
-    (run / "report.html").write_text(html, encoding="utf-8")
-    return run / "report.html"
-
-
-def _draw(run: Recorded, folder: Path) -> list[Path]:
-    folder.mkdir(exist_ok=True)
-    figures = {
-        "loss": _loss(run),
-        "state_dims": _state_dims(run),
-        "hsv_spectra": _spectra(run),
-        "hsv_drift": _drift(run),
-    }
-    for name, figure in figures.items():
-        FigureCanvasAgg(figure).print_png(folder / f"{name}.png")
-    return [folder / f"{name}.png" for name in figures]
 
 
 def _style(axes: Axes, x_label: str, y_label: str) -> None:
@@ -154,12 +142,11 @@ def _state_dims(run: Recorded) -> Figure:
     axes = figure.add_subplot()
     _style(axes, "optimizer step", "state dimension (states)")
     dims = _dims_over_steps(run)
-    few = len(dims) <= len(PALETTE)
-    colours = PALETTE if few else matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(dims)))
+    colours = colours_of(len(dims))
     for i, (layer, known) in enumerate(dims.items()):
         steps, values = list(known), list(known.values())
         # Layers often coincide: lines that get thinner keep the ones below in sight.
-        width = 1.5 + (0.6 * (len(dims) - 1 - i) if few else 0)
+        width = 1.5 + (0.6 * (len(dims) - 1 - i) if len(dims) <= len(PALETTE) else 0)
         label = f"layer {layer}: {values[0]} → {values[-1]}"
         axes.step(steps, values, where="post", linewidth=width, color=colours[i], label=label)
     axes.set_ylim(0, 1.06 * max((max(known.values()) for known in dims.values()), default=1))
@@ -226,9 +213,7 @@ def _drift(run: Recorded) -> Figure:
     panels = {"drift": "spectrum that moved"} | ({"overlap": "kept states that stayed"} if compared else {})
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     layers = range(len(run.plans[0]["layers"]))
-    colours = (
-        PALETTE if len(layers) <= len(PALETTE) else matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
-    )
+    colours = colours_of(len(layers))
     for axes, (key, name) in zip(grid, panels.items(), strict=True):
         _style(axes, "optimizer step", f"share of the {name}")
         axes.yaxis.set_major_formatter(PercentFormatter(1))

@@ -5,7 +5,6 @@ Everything is read back from the trials' folders; the page needs `sweep.json`, w
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,6 @@ from typing import Any
 
 import optuna
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
@@ -23,8 +21,8 @@ from orchestrator.collection import write_rows
 from orchestrator.comparison_report import COMPARISON
 from orchestrator.errors import UserError
 from orchestrator.figures import BLUE, GREEN, GREY, VERMILION, figure_of, style
-from orchestrator.report import TEMPLATES
-from orchestrator.run_folder import Json, metrics_so_far, write_whole
+from orchestrator.page import write_page
+from orchestrator.run_folder import Json, metrics_so_far, read_json, write_whole
 from orchestrator.space import Space, optuna_space
 from orchestrator.trial import AGAIN, OUTCOME, POINT, final, measured, status_of
 from orchestrator.trunk import NAME
@@ -133,6 +131,14 @@ def steps_trained(found: Sequence[Outcome]) -> int:
     return shared + sum(outcome.last_step - outcome.trunk_step for outcome in found)
 
 
+def steps_alone(found: Sequence[Outcome], steps: int) -> int:
+    """What they would have trained each for itself and to its end, which is step `steps` for those that were pruned.
+
+    One that fails would have come as far, and of how far others go a space may have spoken.
+    """
+    return sum(steps if outcome.status == "pruned" else outcome.last_step for outcome in found)
+
+
 def pareto(rows: Sequence[Json], x: str, y: str) -> list[Json]:
     """The finished trials that no other one beats in both, by `x`; less is better."""
     front: list[Json] = []
@@ -158,8 +164,7 @@ def write_sweep_report(
     name, mode = next(iter(objectives.items()))
     best = best_of(found, name, mode)
     trained = steps_trained(found)
-    # One that fails would have come as far by itself.
-    naive = sum(o.last_step if o.status == "failed" else steps for o in found)
+    naive = steps_alone(found, steps)
     rows = _of_equal_columns([outcome.row() for outcome in found])
     fronts = {x: [row["trial"] for row in pareto(rows, x, "val_loss")] for x in AGAINST}
     rows = [row | {f"front_{x}": row["trial"] in front for x, front in fronts.items()} for row in rows]
@@ -194,7 +199,7 @@ def render(folder: Path) -> Path:
             f"{folder} has no {SUMMARY} and no {COMPARISON}: a sweep's page is drawn when it has ended, and a "
             "comparison's when its first run has"
         )
-    summary = json.loads(path.read_text())
+    summary = read_json(path, "trials", "objectives", "importance")
     figures = {
         "pareto_train_seconds": _pareto(summary, "train_seconds", "seconds of training"),
         "pareto_states": _pareto(summary, "states", "states in all layers"),
@@ -202,15 +207,7 @@ def render(folder: Path) -> Path:
     }
     if summary["importance"]:
         figures["importance"] = _importance(summary["importance"])
-    (folder / "figures").mkdir(exist_ok=True)
-    shown = []
-    for name, figure in figures.items():
-        image = folder / "figures" / f"{name}.png"
-        FigureCanvasAgg(figure).print_png(image)
-        shown.append((CAPTIONS[name], base64.b64encode(image.read_bytes()).decode()))
-    html = TEMPLATES.get_template("sweep.html.j2").render(sweep=summary, figures=shown)
-    (folder / "report.html").write_text(html, encoding="utf-8")
-    return folder / "report.html"
+    return write_page(folder, "sweep.html.j2", figures, CAPTIONS, sweep=summary)
 
 
 def importance(found: Sequence[Outcome], objective: str, mode: str, space: Space) -> dict[str, float]:
