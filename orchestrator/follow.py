@@ -6,15 +6,25 @@ import statistics
 import threading
 from collections import deque
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray
 
 from compression.plan import TruncationPlan
-from orchestrator.config import RunConfig
 from orchestrator.errors import TrainingError
-from orchestrator.events import CutRecord, Event, Lost, Measured, Probed, Reserved, RolledBack, Saved, Started, Stopped
+from orchestrator.events import (
+    CutRecord,
+    Event,
+    Job,
+    Lost,
+    Measured,
+    Probed,
+    Reserved,
+    RolledBack,
+    Saved,
+    Started,
+    Stopped,
+)
 from orchestrator.run_folder import plan_path
 from orchestrator.terminal import Terminal, count, dims, duration
 from orchestrator.tracking import Tracker
@@ -25,14 +35,7 @@ POLL_S = 0.5
 class Follower:
     """Drains the coordinator while the main thread waits for the training to end."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        folder: Path,
-        coordinator: Any,
-        tracker: Tracker,
-        terminal: Terminal,
-    ) -> None:
+    def __init__(self, job: Job, tracker: Tracker, terminal: Terminal) -> None:
         self.cuts: list[CutRecord] = []
         """Of the whole run, those before it was continued included."""
         self.checkpoint: str | None = None
@@ -47,12 +50,12 @@ class Follower:
         """Ray's placement group of the workers."""
         self.failure: Exception | None = None
         """What ended the recording, if anything did; nobody would read the rest of the training."""
-        self._config = config
-        self._folder = folder
-        self._coordinator = coordinator
+        self._folder = job.folder
+        self._coordinator = job.coordinator
+        self._until = job.until
         self._tracker = tracker
         self._terminal = terminal
-        self._dims: list[float] = [*config.model.state_dims]
+        self._dims: list[float] = [*job.config.model.state_dims]
         self._recent: deque[dict[str, float]] = deque(maxlen=10)
         self._val_loss: float | None = None
         self._stop = threading.Event()
@@ -98,7 +101,7 @@ class Follower:
                 self.step, self.checkpoint, self.cuts, self._dims = step, checkpoint, list(cuts), [*sizes]
                 self._recent.clear()
                 how = f"continued after step {step}" if step else "started"
-                self._terminal.line(f"{how}: {count(parameters)} parameters, {self._config.train.steps} steps, {scans}")
+                self._terminal.line(f"{how}: {count(parameters)} parameters, {self._until} steps, {scans}")
             case Lost(reason):
                 self.running = False
                 self.lost += 1
@@ -133,14 +136,13 @@ class Follower:
 
     def _progress(self) -> str:
         """Speeds are medians of the last steps: one slow step should not make the ETA jump."""
-        train = self._config.train
         step_ms = statistics.median(row["step_ms"] for row in self._recent)
         loss = statistics.mean(row["train_loss"] for row in self._recent)
         held_out = f"  held-out {self._val_loss:.3f}" if self._val_loss is not None else ""
         speed = statistics.median(row["tokens_per_s"] for row in self._recent)
         return (
-            f"step {self.step}/{train.steps}  loss {loss:.3f}{held_out}  {count(speed)} tokens/s  "
-            f"states {dims(self._dims)}  ETA {duration((train.steps - self.step) * step_ms / 1000)}"
+            f"step {self.step}/{self._until}  loss {loss:.3f}{held_out}  {count(speed)} tokens/s  "
+            f"states {dims(self._dims)}  ETA {duration((self._until - self.step) * step_ms / 1000)}"
         )
 
 

@@ -119,7 +119,7 @@ def train(config: RunConfig, lent: Lent | None = None) -> dict[str, Any]:
 def _run(job: Job, crew: Crew, tracker: RunTracker, terminal: Terminal, stop: StopRequest) -> dict[str, Any]:
     """Train, then write the summary and the report."""
     config, folder = job.config, job.folder
-    follower = Follower(config, folder, crew.foreman, tracker, terminal)
+    follower = Follower(job, tracker, terminal)
     try:
         crew.train(job, follower, terminal, stop)
     finally:
