@@ -276,6 +276,13 @@ class RunConfig(_Part):
     tracking: TrackingConfig = TrackingConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
 
+    @field_validator("storage", "data_root", mode="before")
+    @classmethod
+    def _is_no_uri(cls, path: Any) -> Any:
+        if "://" in str(path):
+            raise ValueError("must be a folder; of a run, only what checkpoints.storage names may lie in a store")
+        return path
+
     @field_validator("storage", "data_root")
     @classmethod
     def _absolute(cls, path: Path) -> Path:
@@ -293,6 +300,10 @@ class RunConfig(_Part):
             raise ValueError(f"train.regularize needs the linear layers of model.kind lru, not {self.model.kind}")
         if train.regularize is not None and self.cluster.zero_stage == 3:
             raise ValueError("cluster.zero_stage 3 must be 0, 1 or 2 with train.regularize, which needs whole layers")
+        if self.cluster.scan == "mamba_ssm" and self.model.kind == "mamba" and max(self.model.state_dims) > 256:
+            raise ValueError(
+                f"model.d_state {max(self.model.state_dims)} must be at most 256 with cluster.scan mamba_ssm"
+            )
         if self.truncation is not None:
             self._check_reduction(self.truncation)
             self._check_target(self.truncation.target)
@@ -332,7 +343,7 @@ class RunConfig(_Part):
 
     def _check_target(self, target: Target) -> None:
         dims = self.model.state_dims
-        if len(target.dims) not in (0, 1, len(dims)):
+        if target.dim is not None and len(target.dims) not in (1, len(dims)):
             raise ValueError(
                 f"truncation.target.dim {list(target.dims)} must be one number, or model.n_layers {len(dims)} of them"
             )

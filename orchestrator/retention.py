@@ -7,10 +7,10 @@ import math
 from collections.abc import Sequence
 
 from orchestrator import checkpoint
-from orchestrator.checkpoint import Manifest
+from orchestrator.checkpoint import CheckpointError, Manifest
 from orchestrator.config import CheckpointsConfig
 from orchestrator.errors import UserError
-from orchestrator.filesystem import Folder
+from orchestrator.filesystem import Folder, reason
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,17 @@ def prune(folder: Folder, now: int, policy: CheckpointsConfig) -> None:
 
     Later checkpoints have been taken back, and incomplete ones are what a killed run has left. The state before a cut
     stays as long as that checkpoint is still watching the cut.
+
+    Raises:
+        CheckpointError: the storage is away.
     """
+    try:
+        _prune(folder, now, policy)
+    except OSError as error:
+        raise CheckpointError(f"checkpoints in {folder} cannot be looked through: {reason(error)}") from error
+
+
+def _prune(folder: Folder, now: int, policy: CheckpointsConfig) -> None:
     manifests = []
     for step in checkpoint.steps(folder):
         path = checkpoint.at(folder, step)

@@ -14,7 +14,6 @@ import random
 import shutil
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
@@ -51,17 +50,19 @@ from tests.runs import dims_loaded_alone, train, wait_until
 from tests.s3 import Server
 
 
-@pytest.fixture(params=["path", "file", "s3"])
+@pytest.fixture(params=["path", "s3"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
     """A place for checkpoints, new to every test."""
-    uris: dict[str, Callable[[], str | Path]] = {
-        "path": lambda: tmp_path,
-        "file": lambda: f"file://{tmp_path}",
-        "s3": lambda: request.getfixturevalue("s3").uri,
-    }
-    place = Folder.of(uris[request.param](), "place") / f"checkpoints-of-{tmp_path.name}"
+    uri = tmp_path if request.param == "path" else request.getfixturevalue("s3").uri
+    place = Folder.of(uri, "place") / f"checkpoints-of-{tmp_path.name}"
     place.create()
     return place
+
+
+def test_a_folder_may_be_a_uri(tmp_path: Path) -> None:
+    Folder.of(f"file://{tmp_path}", "place").write("name", b"content")
+    assert Folder.of(tmp_path, "place").read("name") == b"content"
+    assert Folder.of(f"file://{tmp_path}", "place").is_local
 
 
 # --- complete or absent ---
@@ -226,6 +227,13 @@ def test_storage_that_stays_away_is_told(tmp_path: Path) -> None:
     writer.save(checkpoint.at(folder, 1), TOKEN, manifest(1), share(states(0), 0, 1))
     with pytest.raises(CheckpointError, match="cannot be written: Not a directory"):
         writer.wait()
+
+
+def test_storage_that_goes_away_before_old_checkpoints_are_deleted_is_told(tmp_path: Path) -> None:
+    (tmp_path / "storage").write_text("no folder")
+    folder = Folder.of(tmp_path / "storage", "place", retry_s=0.2)
+    with pytest.raises(CheckpointError, match="cannot be looked through: Not a directory"):
+        prune(folder, 1, CheckpointsConfig())
 
 
 def test_an_s3_server_that_restarts_is_waited_for(s3: Server) -> None:
