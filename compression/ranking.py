@@ -254,7 +254,12 @@ def _rounded(limits: Sequence[int], spectra: Sequence[Spectrum], target: Target)
     """What a size allows, on the ladder: a budget must not be exceeded."""
     if target.budget is None:
         return _rounded_up(limits, spectra, target)
-    return [max((rung for rung in target.ladder or () if rung <= limit), default=limit) for limit in limits]
+    rungs = target.ladder or ()
+    return [
+        # What the budget leaves whole stays so.
+        limit if limit >= spectrum.dim else max((rung for rung in rungs if rung <= limit), default=limit)
+        for limit, spectrum in zip(limits, spectra, strict=True)
+    ]
 
 
 def _rounded_up(ranks: Sequence[int], spectra: Sequence[Spectrum], target: Target) -> list[int]:

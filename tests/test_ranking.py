@@ -200,8 +200,12 @@ def test_a_global_tolerance_is_the_mean_share_at_the_fewest_states(seed: int) ->
     lost = [1 - sum(s.sigma[:rank]) / sum(s.sigma) for s, rank in zip(spectra, ranks, strict=True)]
     assert sum(lost) <= 0.2 * len(spectra) + 1e-12
     alone = [rank for rank, _ in choose_ranks(spectra, Target(tolerance=0.2), 1, 1)]
-    gated = sum(rank > 0.95 * s.dim for rank, s in zip(ranks, spectra, strict=True))
-    assert gated or sum(ranks) <= sum(alone)
+    gated = [rank == s.dim for rank, s in zip(ranks, spectra, strict=True)]
+    assert any(gated) or sum(ranks) <= sum(alone)
+    # Fewest: no state that was cut has a larger share of its layer's mass than one that was kept for that share.
+    cuts = [(s, rank) for s, rank, whole in zip(spectra, ranks, gated, strict=True) if not whole]
+    kept = [s.sigma[rank - 1] / sum(s.sigma) for s, rank in cuts if rank > 1]
+    assert min(kept, default=math.inf) >= max(s.sigma[rank] / sum(s.sigma) for s, rank in cuts)
 
 
 def test_shares_count_not_scales() -> None:
@@ -220,6 +224,9 @@ def test_ladders_round_up_and_budgets_down() -> None:
     assert [rank for rank, _ in choose_ranks(flat, target, 1, 1)] == [16, 16]
     # On the way to a dimension too, and never to more states than there are.
     assert [rank for rank, _ in choose_ranks(flat, Target(dim=8, ladder=ladder), 1, 3)] == [32, 32]
+    # What a budget leaves whole, it cuts to no rung.
+    twice = Target(budget={"states": 96}, ladder=ladder)
+    assert [rank for rank, _ in choose_ranks([Spectrum((1.0,) * 48, 64, 1)] * 2, twice, 1, 1)] == [48, 48]
     few = [Spectrum(tuple([1.0] * 12), 64, 1)]
     assert choose_ranks(few, Target(tolerance=0.1, ladder=ladder), 1, 1)[0][0] == 12
 
