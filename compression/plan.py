@@ -92,7 +92,8 @@ class LayerPlan:
     exceed (Antoulas 2005, theorem 7.9) before the reduced system is rounded to float32 weights. Zero where nothing is
     cut; None for selective layers and ablations."""
     output_error: float | None
-    """Measured: norm of the change of the layer's output over that of the output, on held-out tokens."""
+    """Measured: norm of the change of the layer's output over that of the output, on held-out tokens and their
+    padding."""
     reason: str
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 from collections.abc import Iterable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import deepspeed
@@ -121,9 +122,12 @@ class Engine:
         squares = torch.zeros(2, len(mixers), dtype=torch.float64)  # of the change, and of the output
 
         def compare(cut: LayerPlan) -> RemovableHandle:
+            shrunk = partial(self._shrunk, cut)
+            # Where layers are spread over the workers, made for every batch anew: so there is one at a time.
+            smaller = shrunk if self._config.cluster.zero_stage == 3 else cache(shrunk)
+
             def hook(_: nn.Module, inputs: tuple[Tensor], out_BLM: Tensor) -> None:
-                # Made for every batch anew: one smaller layer at a time, however many there are.
-                change_BLM = self._shrunk(cut)(*inputs).float() - out_BLM.float()
+                change_BLM = smaller()(*inputs).float() - out_BLM.float()
                 for row, part in enumerate((change_BLM, out_BLM.float())):
                     squares[row, cut.layer] += float(part.square().sum(dtype=torch.float64))
 
