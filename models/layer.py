@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
@@ -15,12 +15,10 @@ from torch import Tensor, nn
 from compression.gramians import Statistics
 from compression.moments import ParameterState
 from compression.plan import LayerPlan
+from compression.ranking import Dim
 
 State = tuple[Tensor, ...]
 """What a layer remembers from one time step to the next; dimension 0 of every tensor is the batch."""
-
-
-Dim = Annotated[int, Field(ge=1)]
 
 
 class StackConfig(BaseModel):

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from compression.moments import ParameterState
 from compression.plan import LayerPlan, StateSelection
-from models.layer import Dim, StackConfig, State
+from compression.ranking import Dim
+from models.layer import StackConfig, State
 from models.scan.conv import causal_conv_silu, causal_conv_silu_step
 from models.scan.selective import selective_scan
 from models.selective import SelectiveLayer, initial_dt_bias

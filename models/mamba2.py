@@ -1,7 +1,8 @@
 """Mamba-2's mixer (arXiv 2405.21060, section 7), with the parameter names and initialisation of state-spaces/mamba.
 
 Shapes: B batch, L time, M d_model, D d_inner, H heads, P width of a head, G groups, R heads of a group, N d_state,
-E all channels of the convolution (D + 2 G N), W its width, V = W - 1, U d_state before the first cut.
+E all channels of the convolution (D + 2 K), K those of B, and of C (G U), U d_state before the first cut, Q = K + H,
+W the convolution's width, V = W - 1.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from compression.moments import ParameterState
 from compression.plan import LayerPlan, StateRotation, StateSelection
-from models.layer import Dim, StackConfig, State
+from compression.ranking import Dim
+from models.layer import StackConfig, State
 from models.scan.conv import causal_conv_silu, causal_conv_silu_step
 from models.scan.norm import GatedRMSNorm
 from models.scan.ssd import ssd_scan
@@ -96,15 +98,15 @@ class Mamba2(SelectiveLayer):
             self.out_proj.weight /= math.sqrt(config.n_layers)
 
     def forward(self, x_BLM: Tensor) -> Tensor:
-        D, GN, _ = self._convolved
+        D, K, _ = self._convolved
         # Four products: the gradients of the parts of one would have to be put together, a copy of the widest tensor.
         # dt alone is too narrow for a product of its own.
-        rows = torch.split(self.in_proj.weight, [D, D, GN, GN + self.n_heads])
-        z_BLD, x_BLD, B_BLE, C_dt_BLE = (F.linear(x_BLM, part) for part in rows)
-        C_BLE, dt_BLH = torch.split(C_dt_BLE, [GN, self.n_heads], dim=-1)
+        rows = torch.split(self.in_proj.weight, [D, D, K, K + self.n_heads])
+        z_BLD, x_BLD, B_BLK, C_dt_BLQ = (F.linear(x_BLM, part) for part in rows)
+        C_BLK, dt_BLH = torch.split(C_dt_BLQ, [K, self.n_heads], dim=-1)
         assert self.conv1d.bias is not None
         weights, biases = (torch.split(part, self._convolved) for part in (self.conv1d.weight, self.conv1d.bias))
-        convolved = map(causal_conv_silu, (x_BLD, B_BLE, C_BLE), weights, biases)
+        convolved = map(causal_conv_silu, (x_BLD, B_BLK, C_BLK), weights, biases)
         x_BLHP, B_BLGN, C_BLGN = self._heads_and_groups(*convolved)
         dt_BLH, A_H = self._dt(dt_BLH), self._A()
         if self._moments is not None:
@@ -152,9 +154,9 @@ class Mamba2(SelectiveLayer):
         _, _, B_rows, C_rows, _ = torch.split(self.in_proj.weight, parts)
         if self.B_map is not None and self.C_map is not None:
             B_rows, C_rows = self.B_map @ B_rows, self.C_map @ C_rows
-        dt_BLD, A_D1 = (part.repeat_interleave(self.headdim, -1) for part in (dt_BLH, A_H.unsqueeze(0)))
+        dt_BLD, A_1D = (part.repeat_interleave(self.headdim, -1) for part in (dt_BLH, A_H.unsqueeze(0)))
         weight_N = B_rows.norm(dim=1) * C_rows.norm(dim=1)
-        self._moments.add_projections(dt_BLD, A_D1.T, B_BLGN.squeeze(2), C_BLGN.squeeze(2), weight_N)
+        self._moments.add_projections(dt_BLD, A_1D.T, B_BLGN.squeeze(2), C_BLGN.squeeze(2), weight_N)
 
     def _dt(self, raw: Tensor) -> Tensor:
         return F.softplus(raw.to(torch.promote_types(raw.dtype, torch.float32)) + self.dt_bias)

@@ -42,7 +42,11 @@ def dense_nuclear_norm(system: LTISystem) -> Tensor:
     Neither the diagonal form of A nor that of the Gramians is used: both Lyapunov equations are solved densely and
     differentiated, as is the eigenvalue decomposition. It is what regularising the Hankel nuclear norm was before the
     structure was put to use, and the cost that is quoted against it (CompreSSM, arXiv 2510.02823, section 4).
+
+    Raises:
+        ValueError: the system is not finite or not stable.
     """
+    system.check()
     powers = squarings(torch.diag(system.eigenvalues_N), float(system.eigenvalues_N.detach().abs().max()))
     P_NN = dense_lyapunov(powers, system.B_NH @ system.B_NH.mH)
     Q_NN = dense_lyapunov([power_NN.mH for power_NN in powers], system.C_HN.mH @ system.C_HN)

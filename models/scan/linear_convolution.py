@@ -28,9 +28,9 @@ def impulse_response(
 ) -> Tensor:
     """Re(C a^k B) for k = 0 ... length - 1, (I, O, L)."""
     powers_LM = _Powers.apply(a_re_N, a_im_N, length)  # type: ignore[no-untyped-call]
-    B_re_IN, B_im_IN, C_re_HN1, C_im_HN1 = B_re_NH.T, B_im_NH.T, C_re_HN.unsqueeze(1), C_im_HN.unsqueeze(1)
-    gain_re_OIN = C_re_HN1 * B_re_IN - C_im_HN1 * B_im_IN
-    gain_im_OIN = C_re_HN1 * B_im_IN + C_im_HN1 * B_re_IN
+    B_re_IN, B_im_IN, C_re_H1N, C_im_H1N = B_re_NH.T, B_im_NH.T, C_re_HN.unsqueeze(1), C_im_HN.unsqueeze(1)
+    gain_re_OIN = C_re_H1N * B_re_IN - C_im_H1N * B_im_IN
+    gain_im_OIN = C_re_H1N * B_im_IN + C_im_H1N * B_re_IN
     response_OIL: Tensor = torch.cat([gain_re_OIN, -gain_im_OIN], dim=-1) @ powers_LM.T
     return response_OIL.transpose(0, 1)
 

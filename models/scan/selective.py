@@ -37,8 +37,8 @@ def selective_scan(
 
         dt = softplus(r)    h_t = exp(dt_t A) h_(t-1) + dt_t x_t B_t    out_t = (C_t h_t + D x_t) silu(z_t)
 
-    x, r, B, C and z share one floating dtype, which the result (B, L, D) has too; next to bfloat16, A and D are
-    float32, as are states and decays. With `moments`, the sums of this batch are added to it; that changes neither
+    x, B, C and z share one floating dtype, which the result (B, L, D) has too; next to bfloat16, A and D are float32,
+    as are states and decays, and r may be. With `moments`, the sums of this batch are added to it; that changes neither
     result nor gradients.
     """
     scan = import_module(MODULES[choose(x_BLD, mamba_ssm=moments is None)]).selective_scan

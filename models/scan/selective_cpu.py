@@ -51,6 +51,7 @@ class _SelectiveScan(torch.autograd.Function):
     ) -> Tensor:
         tensors = (x_BLD, r_BLD, A_DN, B_BLN, C_BLN, D_D, z_BLD)
         out_BLD, starts, *sums = kernels().selective_forward(*tensors, moments is not None)
+        assert starts.shape[2] == -(-x_BLD.shape[1] // CHUNK), "the kernel's chunks are of another length"
         if moments is not None:
             h2_DN, a2_DN, hc2_DN, last_BGNV = sums
             moments.add(h2_DN, a2_DN, hc2_DN)

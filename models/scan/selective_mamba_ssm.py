@@ -20,7 +20,10 @@ def selective_scan(
     z_BLD: Tensor,
     moments: SelectiveMoments | None,
 ) -> Tensor:
-    """As `models.scan.selective.selective_scan`, without moments and for at most 256 states."""
+    """As `models.scan.selective.selective_scan`, without moments and for at most 256 states.
+
+    The package wants one dtype, so a float32 r is rounded to x's: next to bfloat16, dt is off by up to 1.6 %.
+    """
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # type: ignore[import-not-found]
 
     assert moments is None, "mamba_ssm does not tell of its states"
