@@ -92,7 +92,7 @@ class Space:
         return {name: _grid_values(knob) for name, knob in self.knobs.items()}
 
     def check(self, base: RunConfig) -> None:
-        """Whether the ends and the middle of every range, and every choice, are settings of a run.
+        """Check that the ends and the middle of every range, and every choice, are settings of a run.
 
         Raises:
             UserError: as `config`.

@@ -108,7 +108,7 @@ def duration(seconds: float) -> str:
 
 
 def dims(values: Sequence[float]) -> str:
-    """State dimensions of all layers: '16' where they are equal, '12 9 16 7' where they differ."""
+    """State dimensions of all layers: '16 x 4 layers' where they are equal, '12 9 16 7' where they differ."""
     integers = [int(value) for value in values]
     if len(set(integers)) == 1:
         return f"{integers[0]} x {len(integers)} layers" if len(integers) > 1 else str(integers[0])

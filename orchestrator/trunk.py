@@ -37,7 +37,7 @@ def untruncated(config: RunConfig, name: str) -> RunConfig:
     return config.model_copy(update={"name": name, "truncation": None})
 
 
-def trunk_of(trial: RunConfig) -> RunConfig:
+def trunk_config(trial: RunConfig) -> RunConfig:
     """The full-size run of a trial, which keeps all its checkpoints: any of them may be another trial's beginning."""
     trunk, steps = untruncated(trial, NAME), trial.train.steps
     every = min(trial.train.checkpoint_every, max(1, int(LOSS * steps)))
@@ -66,7 +66,7 @@ class Trunk:
 
     def begins(self, trial: RunConfig) -> bool:
         """Whether the trial differs only from its first cut on."""
-        return trunk_of(trial).model_copy(update={"name": self.run.name}) == self.run
+        return trunk_config(trial).model_copy(update={"name": self.run.name}) == self.run
 
 
 def shared_trunks(
@@ -80,7 +80,7 @@ def shared_trunks(
     groups: dict[str, list[RunConfig]] = {}
     for point in points or space.edges():
         trial = space.config(base, point)
-        groups.setdefault(trunk_of(trial).model_dump_json(), []).append(trial)
+        groups.setdefault(trunk_config(trial).model_dump_json(), []).append(trial)
     one_for_all = len(groups) == 1
     if not one_for_all and not points:
         return ()
@@ -88,7 +88,7 @@ def shared_trunks(
     trunks = []
     for number, trials in enumerate(groups.values()):
         if one_for_all or len(trials) > 1:
-            run = trunk_of(trials[0])
+            run = trunk_config(trials[0])
             run = run if one_for_all else run.model_copy(update={"name": f"{NAME}-{number}"})
             starts = frozenset(trial.uncut_steps for trial in trials if points)
             trunks.append(Trunk(run, saved_after(starts, base.train.steps), max(starts | later, default=0)))

@@ -14,7 +14,7 @@ from orchestrator.config import RunConfig, load_config, parse_config
 from orchestrator.errors import UserError
 from orchestrator.space import Space, load_space, names, optuna_space
 from orchestrator.sweep import Request, check
-from orchestrator.trunk import saved_after, shared_trunks, trunk_of
+from orchestrator.trunk import saved_after, shared_trunks, trunk_config
 from tune_spaces.knobs import Choice, Float, Integer
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -69,7 +69,7 @@ def test_a_point_becomes_the_run_that_it_stands_for(base: RunConfig) -> None:
     assert config.probe_steps == (25, 30)  # the config's own steps give way to the window
     assert config.truncation is not None
     assert config.truncation.target.dim == 3
-    trunk = trunk_of(config)
+    trunk = trunk_config(config)
     assert trunk.truncation is None
     own = {"name", "truncation", "checkpoints", "train"}
     assert trunk.model_dump(exclude=own) == config.model_dump(exclude=own)

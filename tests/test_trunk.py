@@ -12,7 +12,7 @@ from orchestrator.config import RunConfig, parse_config
 from orchestrator.errors import TrainingError, UserError
 from orchestrator.launch import Lent
 from orchestrator.storage import checkpoints_of
-from orchestrator.trunk import branch, trunk_of
+from orchestrator.trunk import branch, trunk_config
 from tests.checkpoints import write
 
 DIVERGES_AT = 7
@@ -38,7 +38,7 @@ def trial(small_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> RunConf
 
 def begun(trial: RunConfig, name: str, before: int, **known: Any) -> int:
     trial = trial.model_copy(update={"name": name})
-    return branch(trial, trunk_of(trial), before, Lent(None), **known)  # type: ignore[arg-type]
+    return branch(trial, trunk_config(trial), before, Lent(None), **known)  # type: ignore[arg-type]
 
 
 def test_a_trial_begins_right_before_its_cut_or_at_the_nearest_known_start(trial: RunConfig) -> None:
