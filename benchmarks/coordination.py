@@ -201,15 +201,16 @@ def main() -> None:
     print(f"\non paper, a probe of {MOST} workers, MiB: what each reduces and gets, what the actor gets, gives, holds")
     columns = ("calls", "collectives", "reduced", "given", "into", "out of", "in it")
     heads = "".join(f"{head:>12}" for head in columns)
+    paper = []
     print(f"{'':18}{'layers':>8}{'width':>8}{'N':>6}{heads}")
     for stack in LARGE:
         sent = messages(stack)
+        paper.append({"stack": asdict(stack)} | asdict(sent))
         sizes = (sent.statistics, sent.reductions, sent.spectra + sent.reductions, sent.reductions, sent.actor_peak)
         cells = "".join(f"{size / 2**20:>12.2f}" for size in sizes)
         counts = f"{MOST * CALLS:>12}{sent.collectives:>12}"
         print(f"{stack.name:18}{stack.layers:>8}{stack.width:>8}{stack.d_state:>6}{counts}{cells}")
     RESULTS.mkdir(exist_ok=True)
-    paper = [{"stack": asdict(stack)} | asdict(messages(stack)) for stack in LARGE]
     content = {"timings": [asdict(timing) for timing in timings], "messages": paper}
     (RESULTS / "coordination.json").write_text(json.dumps(content, indent=2) + "\n")
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import json
 import multiprocessing
 import os
 import statistics
@@ -29,10 +28,11 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
-from orchestrator.collection import REQUEST, write_rows
-from orchestrator.comparison_report import Row, draw, markdown, read_comparison
+from orchestrator.collection import ASKED, REQUEST, write_rows
+from orchestrator.comparison_report import Row, draw, markdown, read_comparison, read_rows
 from orchestrator.config import differences, parse_config
 from orchestrator.errors import UserError
+from orchestrator.run_folder import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -134,6 +134,8 @@ def main() -> None:
     gathering.add_argument("study", help="such as comparison_digits_400")
     gathering.add_argument("folders", nargs="+", type=Path)
     options = parser.parse_args()
+    if options.command == "gather" and not options.study.startswith("comparison_"):
+        parser.error(f"{options.study} must begin with comparison_, as the other studies of comparisons do")
     path = RESULTS / f"{options.study}.parquet"
     match options.command:
         case "run":
@@ -142,7 +144,7 @@ def main() -> None:
             print(table(options.study, _read(path)) if options.study in STUDIES else compared(path))
         case "gather":
             try:
-                gather(path, options.folders)
+                gather(path, options.folders, ROOT / "docs" / "figures")
             except UserError as error:
                 parser.error(str(error))
 
@@ -218,8 +220,8 @@ def table(study: str, rows: list[Json]) -> str:
     return "\n".join(lines)
 
 
-def gather(path: Path, folders: list[Path]) -> None:
-    """Keep the rows that comparisons have left in their folders, and their figure in `docs/figures`.
+def gather(path: Path, folders: list[Path], figures: Path) -> None:
+    """Keep the rows that comparisons have left in their folders, and draw them in `figures`.
 
     Of a seed that is in several folders, the last one's: its runs belong together.
 
@@ -236,21 +238,25 @@ def gather(path: Path, folders: list[Path]) -> None:
             raise UserError(f"{folder} holds no comparison")
         seeds = {row.seed for row in found}
         rows = [*(row for row in rows if row.seed not in seeds), *found]
-        asked.append(json.loads((folder / REQUEST).read_text()))
+        asked.append(read_json(folder / REQUEST, *ASKED))
     alike = {"name": path.stem, "seed": 0}
-    first, *others = [request["config"] | alike for request in asked]
-    for folder, config in zip(folders[1:], others, strict=True):
-        if changed := differences(parse_config(config), first):
+    first = asked[0]
+    for folder, other in zip(folders[1:], asked[1:], strict=True):
+        changed = differences(parse_config(other["config"] | alike), first["config"] | alike)
+        # What only one of both says was asked for with methods that the other does not have.
+        both = first["request"].keys() & other["request"].keys()
+        changed += [key for key in sorted(both) if other["request"][key] != first["request"][key]]
+        if changed:
             raise UserError(f"{folder} is a comparison with another value of {', '.join(changed)}")
     write_rows(path, [asdict(row) for row in rows])
-    draw(ROOT / "docs" / "figures" / f"{path.stem}.png", rows, METHODS)
+    draw(figures / f"{path.stem}.png", rows, METHODS)
 
 
 def compared(path: Path) -> str:
     """The table of a comparison, from its rows."""
     from orchestrator.comparison import METHODS
 
-    return markdown([Row(**row) for row in pq.read_table(path).to_pylist()], METHODS)
+    return markdown(read_rows(path), METHODS)
 
 
 ROW = ("task", "model", "seed", "variant", "dims")

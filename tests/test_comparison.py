@@ -15,11 +15,12 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from benchmarks.evidence import gather
 from compression.ranking import Target
 from orchestrator.cli import main
-from orchestrator.collection import refuse_another_request, remember_request
+from orchestrator.collection import refuse_another_request, remember_request, write_rows
 from orchestrator.comparison import METHODS, PENALTIES, Place, Request, _opponent, _train_all, check, compare
-from orchestrator.comparison_report import Row, _figure, markdown, read_comparison, write_comparison
+from orchestrator.comparison_report import Row, _figure, markdown, read_comparison, read_rows, write_comparison
 from orchestrator.config import DistillConfig, RegularizeConfig, RunConfig, parse_config
 from orchestrator.errors import TrainingError, UserError
 from orchestrator.run_folder import read_metrics
@@ -378,6 +379,34 @@ def test_a_damaged_table_is_told_in_a_sentence(digits: dict[str, Any], tmp_path:
     assert refused.exit_code == 2
     assert refused.stderr.startswith(f"rayduce: {tmp_path / 'comparison.parquet'} is damaged (")
     assert refused.stderr.endswith("; without it the same comparison writes it anew\n")
+
+
+def test_a_table_of_another_version_is_told_in_a_sentence(digits: dict[str, Any], tmp_path: Path) -> None:
+    remember_request(tmp_path, parse_config(digits), {})
+    write_rows(tmp_path / "comparison.parquet", [{"method": "full", "colour": "blue"}])
+    refused = CliRunner().invoke(main, ["report", str(tmp_path)])
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith(f"rayduce: {tmp_path / 'comparison.parquet'} is damaged (")
+
+
+def test_a_damaged_request_is_told_in_a_sentence(digits: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "request.json").write_text('{"config"')
+    with pytest.raises(UserError, match=r"request\.json is broken .*: expected a JSON object with config, request"):
+        refuse_another_request(tmp_path, parse_config(digits), {})
+
+
+def test_evidence_is_of_one_request(digits: dict[str, Any], tmp_path: Path) -> None:
+    """Rows of several folders are put together only where all was asked alike, but for methods of one alone."""
+    for seed, asked in enumerate([{"penalty": 1e-5}, {"fine_tune": 0.1}, {"penalty": 1e-3}]):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        remember_request(folder, parse_config(digits | {"seed": seed}), asked)
+        write_comparison(folder, [row(method, seed, 0.9, 10.0) for method in ("full", "hankel")], METHODS)
+    folders = [tmp_path / str(seed) for seed in range(3)]
+    gather(tmp_path / "comparison_of_tests.parquet", folders[:2], tmp_path)
+    assert [found.seed for found in read_rows(tmp_path / "comparison_of_tests.parquet")] == [0, 0, 1, 1]
+    with pytest.raises(UserError, match="is a comparison with another value of penalty"):
+        gather(tmp_path / "comparison_of_tests.parquet", folders, tmp_path)
 
 
 def test_without_labels_the_quality_is_the_loss() -> None:
