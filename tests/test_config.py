@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from models.lru import LRUConfig
 from orchestrator.cli import main
-from orchestrator.config import RunConfig, load_config, parse_config, refuse_other_run
+from orchestrator.config import load_config, parse_config, refuse_other_run
 from orchestrator.data.sources import SOURCES
 from orchestrator.errors import UserError
 
@@ -94,6 +96,7 @@ def test_the_papers_configs_have_its_hyperparameters(name: str) -> None:
             ["truncation.target.budget.cost 0.05", "must be 0.0625 or more", "2 layers of 1 states"],
         ),
         ("truncation.target={dim: [4, 8], allocation: global}", ["truncation.target: dim (4, 8)", "allocation global"]),
+        ("truncation.target={dim: []}", ["truncation.target.dim []", "one number, or model.n_layers 2 of them"]),
         ("truncation.target={dim: 4, ladder: [8, 16]}", ["truncation.target", "dim 4", "ladder [8, 16]"]),
         ("truncation.target={dim: 8, ladder: [8, 8]}", ["truncation.target", "ladder [8, 8] must increase"]),
         ("name=2024-13-45", ["name=2024-13-45", "is not a YAML value"]),
@@ -120,6 +123,8 @@ def test_the_papers_configs_have_its_hyperparameters(name: str) -> None:
         ("train.lr=.inf", ["train.lr", "inf", "finite"]),
         ("train.betas=[0.9, 1.5]", ["train.betas.1", "1.5", "less than 1"]),
         ("storage=~nobody-by-this-name/runs", ["storage", "unknown user"]),
+        ("storage=s3://bucket/runs", ["storage", "must be a folder", "checkpoints.storage"]),
+        ("data_root=s3://bucket/data", ["data_root", "must be a folder"]),
         ("model.lru=1", ["unknown key model.lru"]),
         ("data.text=foo", ["unknown key data.text", "source, path, seq_len"]),
         ("data={source: recall, seq_len: 63}", ["data: seq_len 63 must be at least 64, four tokens for each of pairs"]),
@@ -179,6 +184,17 @@ def test_what_a_model_cannot_do_is_refused(
         parse_config(small_run)
 
 
+def test_more_states_than_mamba_ssm_takes_are_refused(small_run: dict[str, Any]) -> None:
+    small_run["cluster"] |= {"use_gpu": True, "scan": "mamba_ssm"}
+    for d_state in (256, 257):
+        small_run["model"]["d_state"] = d_state
+        if d_state == 256:
+            parse_config(small_run)
+        else:
+            with pytest.raises(UserError, match=r"model\.d_state 257 must be at most 256 with cluster\.scan mamba_ssm"):
+                parse_config(small_run)
+
+
 def test_baselines_are_refused_where_they_cannot_be(small_run: dict[str, Any]) -> None:
     small_run["train"] |= {"regularize": {"weight": 1e-5}}
     with pytest.raises(UserError, match=r"train\.regularize needs the linear layers of model\.kind lru, not mamba"):
@@ -227,22 +243,60 @@ def test_paths_become_absolute(small_run: dict[str, Any], monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("change", "resumable"),
     [
-        ({"cluster": {"workers": 1}}, True),
-        ({"tracking": {"mlflow": True}}, True),
-        ({"seed": 1}, False),
-        ({"truncation": None}, False),
+        ("cluster.workers=1", True),
+        ("cluster.zero_stage=3", True),
+        ("cluster.cpus_per_worker=2", True),
+        ("tracking.mlflow=true", True),
+        ("checkpoints.storage=s3://bucket/elsewhere", True),
+        ("checkpoints.keep_last=5", True),
+        ("storage=elsewhere", True),
+        ("data_root=elsewhere", True),
+        ("train.accumulation=2", True),
+        ("train.activation_checkpointing=true", True),
+        ("train.eval_every=3", True),
+        ("train.log_every=3", True),
+        ("train.checkpoint_every=3", True),
+        ("seed=1", False),
+        ("truncation=null", False),
+        ("truncation.target.dim=3", False),
+        ("model.d_model=64", False),
+        ("data.seq_len=32", False),
+        ("train.steps=13", False),
+        ("train.lr=0.5", False),
+        ("train.batch_size=8", False),
+        ("train.eval_batches=3", False),
+        ("train.precision=bfloat16", False),
     ],
 )
 def test_resuming_refuses_what_would_make_it_another_run(
-    small_run: dict[str, Any], change: dict[str, Any], resumable: bool
+    small_run: dict[str, Any], tmp_path: Path, change: str, resumable: bool
 ) -> None:
-    saved: RunConfig = parse_config(small_run)
-    changed = parse_config(small_run | change)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(small_run))
+    saved, changed = load_config(path), load_config(path, [change])
+    assert changed != saved
     if resumable:
         refuse_other_run(changed, saved.model_dump(mode="json"))
     else:
-        with pytest.raises(UserError, match=next(iter(change))):
+        with pytest.raises(UserError, match=re.escape(change.split("=")[0])):
             refuse_other_run(changed, saved.model_dump(mode="json"))
+
+
+@pytest.mark.parametrize(("warmup", "floor"), [(0.1, 0.0), (0.25, 0.1), (0.0, 0.5), (0.0, 1.0)])
+def test_the_learning_rate_is_torchs_warm_up_and_cosine(small_run: dict[str, Any], warmup: float, floor: float) -> None:
+    steps, lr = 40, 0.02
+    rates = {"steps": steps, "lr": lr, "warmup": warmup, "min_lr_factor": floor}
+    train = parse_config(small_run | {"truncation": None, "train": small_run["train"] | rates}).train
+    rising = round(warmup * steps)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+    cosine = CosineAnnealingLR(optimizer, T_max=steps - rising, eta_min=floor * lr)
+    falling = []
+    for _ in range(steps - rising):
+        optimizer.step()
+        cosine.step()
+        falling.append(cosine.get_last_lr()[0])
+    expected = [lr * step / rising for step in range(1, rising + 1)] + falling
+    assert [train.learning_rate(step) for step in range(1, steps + 1)] == pytest.approx(expected)
 
 
 def test_all_settings_are_listed_where_a_config_has_them() -> None:

@@ -17,6 +17,7 @@ import mlflow
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 from mlflow.entities import Run
 from optuna.trial import TrialState
@@ -39,6 +40,7 @@ from orchestrator.sweep_report import (
     importance,
     outcomes,
     pareto,
+    steps_alone,
     steps_trained,
 )
 from orchestrator.terminal import Terminal
@@ -98,6 +100,13 @@ def test_what_trials_share_is_counted_once() -> None:
     one, other = replace(of, trunk="trunk-0", trunk_step=10), replace(of, trunk="trunk-0", trunk_step=30)
     third = replace(of, trunk="trunk-2", trunk_step=40)
     assert steps_trained([one, other, third, of]) == (30 + 90 + 70) + (40 + 60) + 100
+
+
+def test_alone_only_what_was_pruned_would_have_gone_further() -> None:
+    """A space may have given trials steps of their own, and one that diverges would have done so alone too."""
+    ended = [("finished", 100), ("finished", 60), ("failed", 30), ("pruned", 20)]
+    found = [replace(outcome(1.0, 2.0, status), last_step=last) for status, last in ended]
+    assert steps_alone(found, 100) == 100 + 60 + 30 + 100
 
 
 def trial_folder(sweep: Path, number: int, **files: str) -> Path:
@@ -466,3 +475,35 @@ def _check_mlflow(raw: dict[str, Any], folder: Path) -> None:
 
 def _artifacts(client: mlflow.MlflowClient, run: Run) -> set[str]:
     return {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((), Request("timing", 16, ("val_loss",), "tpe", "none", share=True, baselines=True)),
+        (("--search", "grid"), Request("timing", None, ("val_loss",), "grid", "none", share=True, baselines=True)),
+        (
+            (
+                *("--samples", "5", "--objective", "val_accuracy", "--objective", "states", "--search", "random"),
+                *("--pruning", "asha", "--no-share", "--no-baselines", "--concurrent", "3"),
+            ),
+            Request("timing", 5, ("val_accuracy", "states"), "random", "asha", False, False, 3),
+        ),
+    ],
+)
+def test_the_command_asks_for_what_it_was_told(
+    small_run: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: Sequence[str],
+    expected: Request,
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("orchestrator.sweep.tune_schedules", lambda config, request: asked.append((config, request)))
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(small_run))
+    told = CliRunner().invoke(main, ["tune", str(path), "name=other", "--space", "timing", *options])
+    assert told.exit_code == 0, told.output
+    [(config, request)] = asked
+    assert config.name == "other"
+    assert request == expected
