@@ -128,7 +128,10 @@ def test_continuing_equals_never_having_stopped(finished: Finished, tmp_path: Pa
     assert summary["mlflow_run_id"] == original["mlflow_run_id"]
 
 
-@pytest.mark.parametrize(("workers", "stage"), [(1, 2), (2, 0), (2, 3)])
+@pytest.mark.parametrize(
+    ("workers", "stage"),
+    [(1, 3), *(pytest.param(*each, marks=pytest.mark.long) for each in ((1, 2), (2, 0), (2, 3)))],
+)
 def test_a_run_continues_with_other_workers_and_at_another_stage(
     finished: Finished, tmp_path: Path, workers: int, stage: int
 ) -> None:

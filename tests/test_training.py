@@ -183,7 +183,7 @@ def cut_by_hand(
 
 @pytest.mark.parametrize(
     ("kind", "zero_stage"),
-    [("mamba", 1), pytest.param("lru", 2)],
+    [("mamba", 1), pytest.param("lru", 2, marks=pytest.mark.long)],
 )
 def test_one_worker_and_two_make_the_same_run(
     small_run: dict[str, Any], local_ray: None, kind: str, zero_stage: int

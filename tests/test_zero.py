@@ -42,6 +42,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "lru": {"kind": "lru", "n_layers": 2, "d_model": 9, "d_state": 16, "r_min": 0.3, "r_max": 0.9},
     "dropping": {"kind": "mamba", "n_layers": 2, "d_model": 9, "d_state": 16, "dropout": 0.2},
 }
+# Without weight decay and at a rate of their own: what a recurrence is made of, in each kind of model.
+STATE_SPACE = tuple(
+    f".mixer.{name}"
+    for name in (
+        *("A_log", "D", "dt_proj.bias", "dt_bias", "B_map", "C_map"),
+        *("nu_log", "theta_log", "gamma_log", "B_re", "B_im", "C_re", "C_im"),
+    )
+)
 Moments = dict[str, tuple[torch.Tensor, ...]]
 
 
@@ -122,7 +130,7 @@ def reference(config: RunConfig, plans: list[str]) -> tuple[list[float], Moments
     losses = []
     objective = Objective(config.train, Group(0, 1, torch.device("cpu")))
     for step in range(1, STEPS + 1):
-        space = {f"backbone.layers.{i}.mixer.{name}" for i, m in enumerate(model.mixers()) for name in m.ssm_parameters}
+        space = {name for name, _ in model.named_parameters() if name.endswith(STATE_SPACE)}
         optimizer = torch.optim.AdamW(
             [
                 {
@@ -164,18 +172,20 @@ def reference(config: RunConfig, plans: list[str]) -> tuple[list[float], Moments
     return losses, {name: state.tensors() for name, state in states.items()}
 
 
-def case(name: str, model: str, stage: int, train: dict[str, Any] | None = None, offload: bool = False) -> Any:
-    cluster = {"zero_stage": stage, "offload_optimizer": offload}
-    return pytest.param(model, {"cluster": cluster, "train": train or {}}, id=f"ZeRO-{stage}, {name}")
+def case(
+    name: str, model: str, stage: int, train: dict[str, Any] | None = None, offload: bool = False, long: bool = False
+) -> Any:
+    cluster, marks = {"zero_stage": stage, "offload_optimizer": offload}, [pytest.mark.long] * long
+    return pytest.param(model, {"cluster": cluster, "train": train or {}}, marks=marks, id=f"ZeRO-{stage}, {name}")
 
 
 PARTS = {"accumulation": 2, "activation_checkpointing": True}
 PENALTY = {"accumulation": 2, "regularize": {"weight": 1e-3}}
 CASES = [
     *(case("plain", "mamba", stage) for stage in (0, 1, 2, 3)),
-    *(case("offload", "mamba", stage, offload=True) for stage in (1, 2, 3)),
-    *(case("accumulating and recomputing", "mamba", stage, PARTS) for stage in (0, 1, 2, 3)),
-    *(case(model, model, 3) for model in MODELS if model != "mamba"),
+    *(case("offload", "mamba", stage, offload=True, long=stage == 1) for stage in (1, 2, 3)),
+    *(case("accumulating and recomputing", "mamba", stage, PARTS, long=stage < 2) for stage in (0, 1, 2, 3)),
+    *(case(model, model, 3, long=model == "dropping") for model in MODELS if model != "mamba"),
     case("penalised", "lru", 2, PENALTY),
     case("dropping, in parts", "dropping", 1, PARTS),
 ]
@@ -222,7 +232,7 @@ def spoil_a_gradient(rank: int, config: RunConfig) -> tuple[list[float], list[fl
 
 
 @pytest.mark.parametrize(("stage", "offload"), [(0, False), (1, False), (2, False), (2, True), (3, False)])
-@pytest.mark.parametrize("grad_clip", [0.0, 0.5])
+@pytest.mark.parametrize("grad_clip", [pytest.param(0.0, marks=pytest.mark.long), 0.5])
 def test_a_gradient_that_is_no_number_is_seen_on_every_worker(
     stage: int, offload: bool, grad_clip: float, pair: Pair
 ) -> None:
@@ -307,7 +317,10 @@ def cut_in_bfloat16(rank: int, config: RunConfig) -> bool:
     return all(torch.equal(*pair) for parts in pairs for pair in parts)
 
 
-STAGES = [(0, False), *((stage, offload) for stage in (1, 2, 3) for offload in (False, True))]
+STAGES = [
+    *((0, False), (2, True), (3, False)),
+    *(pytest.param(*each, marks=pytest.mark.long) for each in ((1, False), (1, True), (2, False), (3, True))),
+]
 
 
 @pytest.mark.parametrize(("stage", "offload"), STAGES)
@@ -352,7 +365,7 @@ def reshape_often(rank: int, config: RunConfig) -> list[float]:
     return_freed_memory_at_once()
     engine = Engine(config, TASK, config.model.state_dims, Group(rank, 2, torch.device("cpu")))
     resident = []
-    for step in range(1, WARM_UP + 31):
+    for step in range(1, WARM_UP + 9):
         engine.step(batch_at(step).split(2)[rank], step)
         [dim] = set(engine.state_dims)
         engine.reshape(plan_to(engine, step, dim - 1))
@@ -363,9 +376,9 @@ def reshape_often(rank: int, config: RunConfig) -> list[float]:
 
 @pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.long) for stage in (0, 1, 2)), 3])
 def test_reshapes_leave_no_memory_behind(stage: int, pair: Pair) -> None:
-    """A worker's part of this model's state is 3 MiB, a leak of 30 of them six times what is allowed."""
+    """A worker's part of this model's state is 12 MiB, a leak of 8 of them six times what is allowed."""
     config = config_of("mamba", cluster={"zero_stage": stage})
-    model = config.model.model_copy(update={"d_model": 256, "d_state": 64, "n_layers": 1})
+    model = config.model.model_copy(update={"d_model": 512, "d_state": 64, "n_layers": 1})
     for resident in pair(reshape_often, config.model_copy(update={"model": model})):
         assert max(resident[WARM_UP:]) <= 1.02 * resident[WARM_UP - 1], resident
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.config import parse_config
 from tests.chaos.conftest import Told
 from tests.chaos.harness import POINTS, Strike, actors_alive, disturbed, finished, shared_cluster
 from tests.conftest import small_run as small_run_fixture
@@ -23,6 +24,7 @@ from tests.runs import (
     losses,
     saved,
     start,
+    train,
     wait_until,
     wait_while_running,
 )
@@ -48,14 +50,16 @@ def runs() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Callable[[int], Path]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: Path, local_ray: None) -> Callable[[int], Path]:
     """The folder of a run with a ZeRO stage to which nothing happens."""
 
     @functools.cache
     def run(stage: int) -> Path:
         raw = small_run_fixture.__wrapped__(tmp_path_factory.mktemp("undisturbed"), corpus)
         raw["cluster"]["zero_stage"] = stage
-        return finished(raw)
+        config = parse_config(raw)
+        train(config)
+        return config.storage / config.name
 
     return run
 
@@ -78,6 +82,7 @@ def test_a_run_survives(
         assert outcome.code == 0, outcome.output + outcome.errors
         assert_ended_like(tracked, reference)
         # A kill is noticed within `cluster.timeout_s`; then a group starts, for a driver with a cluster around it.
+        assert len(seconds) == len(strikes)
         assert max(seconds) < 30 + outcome.first
         # From the beginning only before there is a checkpoint, and after that from the last: the one of the second cut
         # was complete before that of step 10 was begun.
@@ -99,6 +104,7 @@ def test_whoever_dies_while_a_checkpoint_goes_to_a_store(
         outcome = disturbed(tracked, strikes, seconds)
         assert outcome.code == 0, outcome.output + outcome.errors
         assert_ended_like(tracked, reference)
+        assert len(seconds) == len(strikes)
         assert max(seconds) < 30 + outcome.first
 
 
@@ -134,6 +140,7 @@ def test_a_cut_that_hurts_is_taken_back_whoever_dies_meanwhile(small_run: dict[s
     with told(*(f"ZeRO-2, guarded, {strike.victim}, {when}" for when, strike in strikes.items())) as seconds:
         outcome = disturbed(small_run | {"truncation": hurts}, strikes.values(), seconds)
         assert outcome.code == 0, outcome.output + outcome.errors
+        assert len(seconds) == len(strikes)
         assert max(seconds) < 30 + outcome.first
         assert "continued after step 100" in outcome.output
         assert "rolled back to step 100" in outcome.output
