@@ -12,7 +12,8 @@ from torch import Tensor
 from compression.plan import TruncationPlan
 from compression.planning import Occasion, plan_truncation
 from models.registry import build_model
-from orchestrator.config import RunConfig, parse_config
+from orchestrator.config import RunConfig
+from orchestrator.config_reading import parse_config
 from orchestrator.data import arrow
 from orchestrator.data.batches import TrainBatches, validation_batches
 from orchestrator.data.sources import prepare

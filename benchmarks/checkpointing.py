@@ -28,7 +28,8 @@ from models.registry import LanguageTask
 from orchestrator import checkpoint
 from orchestrator.checkpoint import Manifest
 from orchestrator.checkpoint_writer import Writer
-from orchestrator.config import RunConfig, load_config
+from orchestrator.config import RunConfig
+from orchestrator.config_reading import load_config
 from orchestrator.data.batches import TrainBatches
 from orchestrator.data.sources import prepare
 from orchestrator.filesystem import Folder

@@ -30,7 +30,8 @@ import torch.distributed as dist
 
 from orchestrator.collection import ASKED, REQUEST, write_rows
 from orchestrator.comparison_report import Row, draw, markdown, read_comparison, read_rows
-from orchestrator.config import differences, parse_config
+from orchestrator.config_changes import differences
+from orchestrator.config_reading import parse_config
 from orchestrator.errors import UserError
 from orchestrator.run_folder import read_json
 

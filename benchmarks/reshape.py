@@ -25,7 +25,7 @@ import torch.distributed as dist
 from benchmarks.report import RESULTS, cpu_model
 from compression.plan import LayerPlan, StateSelection, TruncationPlan
 from models.registry import LanguageTask
-from orchestrator.config import parse_config
+from orchestrator.config_reading import parse_config
 from orchestrator.data.batches import Batch
 from orchestrator.group import Group
 

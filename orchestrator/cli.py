@@ -69,7 +69,7 @@ def train(config: Path, overrides: tuple[str, ...]) -> None:
       rayduce train configs/quickstart.yaml
       rayduce train configs/quickstart.yaml name=smaller 'truncation.target={dim: 2}' train.steps=1000
     """
-    from orchestrator.config import load_config
+    from orchestrator.config_reading import load_config
 
     run_config = load_config(config, overrides)
     from orchestrator import launch
@@ -126,7 +126,7 @@ def tune(
       rayduce tune configs/quickstart.yaml --space schedule --samples 32 --objective val_loss --objective states
       rayduce tune configs/quickstart.yaml --space schedule --samples 64 --pruning asha
     """
-    from orchestrator.config import load_config
+    from orchestrator.config_reading import load_config
     from orchestrator.sweep import SAMPLES, Request, tune_schedules
 
     if samples is None and search != "grid":
@@ -180,7 +180,7 @@ def compare(
     """
     from orchestrator.comparison import Request
     from orchestrator.comparison import compare as run
-    from orchestrator.config import load_config
+    from orchestrator.config_reading import load_config
 
     names = tuple(method.strip() for method in methods.split(","))
     run(load_config(config, overrides), Request(names, seeds, tolerances, fine_tune, penalty))
@@ -297,7 +297,7 @@ def data_prepare(name: str, settings: tuple[str, ...], data_root: Path) -> None:
       rayduce data prepare text path=book.txt
       rayduce data prepare cifar10 path=cifar-10-python.tar.gz
     """
-    from orchestrator.config import parse_data
+    from orchestrator.config_reading import parse_data
     from orchestrator.data.source import absolute
     from orchestrator.data.sources import prepare
 

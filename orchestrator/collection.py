@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from orchestrator.config import RunConfig, changes, differences
+from orchestrator.config import RunConfig
+from orchestrator.config_changes import changes, differences
 from orchestrator.errors import UserError
 from orchestrator.filesystem import inside
 from orchestrator.mlflow_tracker import MlflowTracker, mlflow_tracker, mlflow_uri

@@ -20,7 +20,8 @@ from models.registry import Task, build_model
 from orchestrator import launch
 from orchestrator.collection import ASKED, REQUEST, below, parent_run, refuse_another_request, remember_request
 from orchestrator.comparison_report import COMPARISON, PAGE, Row, read_comparison, together, write_comparison
-from orchestrator.config import RunConfig, parse_config
+from orchestrator.config import RunConfig
+from orchestrator.config_reading import parse_config
 from orchestrator.crew import Crew
 from orchestrator.data.arrow import describe
 from orchestrator.data.sources import prepare

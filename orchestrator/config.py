@@ -1,17 +1,13 @@
 """RunConfig: everything a run is told, checked before anything starts.
 
-Each part is owned by what uses it (models, data, truncation target and timing); this file puts them together,
-reads YAML and `key.sub=value` overrides, and turns what pydantic finds into one sentence.
+Each part is owned by what uses it (models, data, truncation target and timing); this file puts them together.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import yaml
@@ -19,7 +15,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    ValidationError,
     field_validator,
     model_serializer,
     model_validator,
@@ -33,19 +28,17 @@ from compression.scores import Score
 from models.mamba2 import Mamba2Config
 from models.registry import ModelConfig
 from orchestrator.data.source import absolute
-from orchestrator.data.sources import AnySource, DataConfig
+from orchestrator.data.sources import DataConfig
 from orchestrator.data.text import StdlibText, TextFiles
-from orchestrator.errors import UserError
 
 Share = Annotated[float, Field(ge=0, lt=1)]
-Schema = TypeVar("Schema", bound=BaseModel)
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
-class DistillConfig(_Part):
+class DistillConfig(Part):
     """A baseline: learn from the answers of a larger model too."""
 
     teacher: Path = Field(description="Folder of the run whose model answers.")
@@ -58,7 +51,7 @@ class DistillConfig(_Part):
         return absolute(path)
 
 
-class RegularizeConfig(_Part):
+class RegularizeConfig(Part):
     """A baseline: make the layers easy to reduce by a penalty on their Hankel singular values at every step."""
 
     weight: float = Field(gt=0, description="Of the sum of all layers' Hankel singular values in the loss.")
@@ -67,7 +60,7 @@ class RegularizeConfig(_Part):
     )
 
 
-class TrainConfig(_Part):
+class TrainConfig(Part):
     """The optimizer and how often what happens."""
 
     steps: int = Field(ge=1, description="Optimizer steps of the whole run.")
@@ -103,7 +96,7 @@ class TrainConfig(_Part):
         return self.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-class CheckpointsConfig(_Part):
+class CheckpointsConfig(Part):
     """Where checkpoints go and which of them stay; train.checkpoint_every says when there is one."""
 
     storage: str | None = Field(
@@ -129,7 +122,7 @@ class CheckpointsConfig(_Part):
         return storage
 
 
-class GuardConfig(_Part):
+class GuardConfig(Part):
     """Taking back a cut that hurts: the run returns to the state before it, and goes on without further cuts."""
 
     metric: Literal["val_loss", "val_accuracy"] = Field("val_loss", description="Held-out metric that is watched.")
@@ -147,7 +140,7 @@ class Pace(NamedTuple):
 STEADY = Pace(1.0, 1)
 
 
-class TruncationConfig(_Part):
+class TruncationConfig(Part):
     """When to probe the state and how far to cut it."""
 
     target: Target
@@ -192,7 +185,7 @@ class TruncationConfig(_Part):
         return timing.probe_steps(total_steps)
 
 
-class Workers(_Part):
+class Workers(Part):
     """A number of workers, or as many between `min` and `max` as there is room for at the time."""
 
     min: int = Field(ge=1, description="Fewest workers to train with.")
@@ -221,7 +214,7 @@ class Workers(_Part):
         return str(self.min) if self.min == self.max else f"{self.min} to {self.max}"
 
 
-class ClusterConfig(_Part):
+class ClusterConfig(Part):
     """What the run occupies."""
 
     workers: Workers = Field(Workers(min=1, max=1), description="Ray Train workers: a number, or min and max.")
@@ -253,7 +246,7 @@ class ClusterConfig(_Part):
         return self
 
 
-class TrackingConfig(_Part):
+class TrackingConfig(Part):
     """Where metrics go besides the run's own folder."""
 
     mlflow: bool = Field(True, description="Log to MLflow.")
@@ -261,7 +254,7 @@ class TrackingConfig(_Part):
     experiment: str = Field("rayduce", min_length=1, description="MLflow experiment.")
 
 
-class RunConfig(_Part):
+class RunConfig(Part):
     """One training run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Folder of the run below storage.")
@@ -407,183 +400,5 @@ class RunConfig(_Part):
         return getattr(self.data, "seq_len", None)
 
     def to_yaml(self) -> str:
-        """The effective config; `load_config` reads it back."""
+        """The effective config; `config_reading.load_config` reads it back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-# A run may continue with other values of these; anything else would make it another run.
-RESUMABLE = (
-    "storage",
-    "data_root",
-    "cluster",
-    "tracking",
-    "checkpoints",
-    "train.accumulation",
-    "train.activation_checkpointing",
-    "train.eval_every",
-    "train.log_every",
-    "train.checkpoint_every",
-)
-
-
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file, apply `key.sub=value` overrides (values are YAML), and check everything.
-
-    Raises:
-        UserError: one sentence naming the setting, its value and what is valid.
-    """
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"config {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, or bytes that are no text
-        raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"config {path} must hold settings as `key: value`, for example `name: quickstart`")
-    for override in overrides:
-        _apply(raw, override)
-    return parse_config(raw)
-
-
-def parse_config(raw: dict[str, Any]) -> RunConfig:
-    """Check plain values against the schema.
-
-    Raises:
-        UserError: as `load_config`.
-    """
-    return _validate(RunConfig, raw)
-
-
-class _DataOnly(_Part):
-    data: DataConfig
-
-
-def parse_data(source: str, settings: Sequence[str]) -> AnySource:
-    """The data part alone, from a source's name and `key=value` settings.
-
-    Raises:
-        UserError: as `load_config`.
-    """
-    raw: dict[str, Any] = {"source": source}
-    for setting in settings:
-        _apply(raw, setting)
-    return _validate(_DataOnly, {"data": raw}).data
-
-
-def _validate(schema: type[Schema], raw: dict[str, Any]) -> Schema:
-    try:
-        return schema.model_validate(raw)
-    except ValidationError as error:
-        raise UserError(_sentence(error)) from error
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of a nested mapping as ("train.lr", 0.001) pairs."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def differences(config: RunConfig, saved: dict[str, Any]) -> list[str]:
-    """What makes `config` another run than the one that was started with `saved`: each key with both values."""
-    # Through the schema, so that a setting that is newer than the checkpoint has its default there.
-    before = parse_config(saved)
-    changed = changes(config.model_dump(mode="json"), before.model_dump(mode="json"))
-    return [words for key, words in changed if not any(key == r or key.startswith(r + ".") for r in RESUMABLE)]
-
-
-def changes(now: dict[str, Any], then: dict[str, Any]) -> list[tuple[str, str]]:
-    """The keys in which nested plain values differ, and each with both values in words."""
-    now, then = dict(flatten(now)), dict(flatten(then))
-    changed = [key for key in sorted(now.keys() | then.keys()) if now.get(key) != then.get(key)]
-    return [(key, f"{key} (was {then.get(key)!r}, is {now.get(key)!r})") for key in changed]
-
-
-def refuse_other_run(config: RunConfig, saved: dict[str, Any]) -> None:
-    """Check that `config` may continue a run that was started with `saved`.
-
-    Raises:
-        UserError: names every key that differs and may not.
-    """
-    if changed := differences(config, saved):
-        raise UserError(
-            f"run {config.storage / config.name} cannot continue with another value of {', '.join(changed)}; "
-            "another name= starts a new run"
-        )
-
-
-def _apply(raw: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"override {override!r} must look like key.sub=value, for example train.lr=0.001")
-    *parents, last = key.split(".")
-    for parent in parents:
-        if raw.get(parent) is None:
-            raw[parent] = {}
-        raw = raw[parent]
-        if not isinstance(raw, dict):
-            raise UserError(f"override {override!r}: {parent} is a value, not a group of settings")
-    try:
-        raw[last] = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"override {override!r}: {text!r} is not a YAML value") from error
-
-
-def _sentence(error: ValidationError) -> str:
-    """The first of pydantic's findings as one sentence."""
-    # An unknown key often makes another one missing: the typing error explains both.
-    found = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")[0]
-    location = found["loc"]
-    key = ".".join(str(part) for i, part in enumerate(location) if not _is_tag(location, i))
-    if found["type"] == "extra_forbidden":
-        valid = _valid_keys(location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"valid keys here: {', '.join(valid)}"
-        return f"unknown key {key}; {hint}"
-    if found["type"] == "missing":
-        return f"{key} is required and not set"
-    message = found["msg"].removeprefix("Value error, ")
-    if found["type"] in ("model_type", "model_attributes_type"):
-        return f"{key} is {found['input']!r}: it must be a group of settings"
-    if found["type"] == "path_type":
-        return f"{key} is {found['input']!r}: it must be a path"
-    if found["type"] == "string_pattern_mismatch":
-        return f"{key} is {found['input']!r}: it begins with a letter or digit and may hold those, '.', '_' and '-'"
-    if found["type"] == "union_tag_not_found":
-        tag = found["ctx"]["discriminator"].strip("'")
-        return f"{key}.{tag} is required and not set"
-    if found["type"] == "union_tag_invalid":
-        context = found["ctx"]
-        tag = context["discriminator"].strip("'")
-        return f"{key}.{tag} {context['tag']!r} must be one of: {context['expected_tags']}"
-    if found["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    return f"{key} is {found['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def _is_tag(location: Sequence[Any], index: int) -> bool:
-    """pydantic puts the chosen variant of a union into the location, where no setting of that name is."""
-    before = location[index - 1] if index > 0 else None
-    return (index == 1 and before in ("model", "data")) or before in ("d_state", "dim")
-
-
-def _valid_keys(location: Sequence[Any]) -> list[str]:
-    """Settings of the part at a location, which names the chosen variant behind a field that has variants."""
-    models: list[type[BaseModel]] = [RunConfig]
-    for i, part in enumerate(location):
-        if _is_tag(location, i):
-            models = [m for m in models if (part,) in (get_args(f.annotation) for f in m.model_fields.values())]
-        else:
-            models = [m for model in models for m in models_in(model.model_fields[part].annotation)]
-    return [name for model in models for name in model.model_fields]
-
-
-def models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The pydantic models that a field may hold, through Annotated and unions."""
-    if get_origin(annotation) is Annotated:
-        return models_in(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType):
-        return [model for option in get_args(annotation) for model in models_in(option)]
-    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []

@@ -16,7 +16,8 @@ from models.registry import (
     build_model,
 )
 from orchestrator import checkpoint
-from orchestrator.config import RunConfig, parse_config
+from orchestrator.config import RunConfig
+from orchestrator.config_reading import parse_config
 from orchestrator.data.listops import ListOps
 from orchestrator.data.lra import Aan, Imdb
 from orchestrator.data.recall import Recall

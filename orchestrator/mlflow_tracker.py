@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config import RunConfig, flatten
+from orchestrator.config import RunConfig
+from orchestrator.config_changes import flatten
 from orchestrator.run_folder import metrics_so_far, write_whole
 
 # Keeps the id of the MLflow run, so that a resumed training continues it.

@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from orchestrator.config import RunConfig, models_in
+from orchestrator.config import RunConfig
+from orchestrator.config_reading import models_in
 from orchestrator.errors import UserError
 
 

@@ -19,7 +19,8 @@ import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 import tune_spaces
-from orchestrator.config import RunConfig, parse_config
+from orchestrator.config import RunConfig
+from orchestrator.config_reading import parse_config
 from orchestrator.errors import UserError
 from tune_spaces.knobs import Choice, Float, Integer, Knob
 

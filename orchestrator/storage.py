@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.checkpoint import Manifest, newest, read_manifest, verify
-from orchestrator.config import RunConfig, differences, load_config, refuse_other_run
+from orchestrator.config import RunConfig
+from orchestrator.config_changes import differences, refuse_other_run
+from orchestrator.config_reading import load_config
 from orchestrator.errors import UserError
 from orchestrator.filesystem import Folder, reason
 from orchestrator.mlflow_tracker import MLFLOW_RUN

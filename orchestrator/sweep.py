@@ -23,7 +23,8 @@ from ray.tune.search import ConcurrencyLimiter
 
 from orchestrator import launch
 from orchestrator.collection import below, parent_run, refuse_another_request, remember_request
-from orchestrator.config import RunConfig, load_config, parse_config
+from orchestrator.config import RunConfig
+from orchestrator.config_reading import load_config, parse_config
 from orchestrator.crew import Crew, in_a_thread, release_dead
 from orchestrator.data.sources import prepare
 from orchestrator.errors import Interrupted, TrainingError, UserError

@@ -15,7 +15,8 @@ from typing import IO
 
 from orchestrator import checkpoint, launch
 from orchestrator.checkpoint import MANIFEST, Manifest
-from orchestrator.config import RunConfig, refuse_other_run
+from orchestrator.config import RunConfig
+from orchestrator.config_changes import refuse_other_run
 from orchestrator.errors import Interrupted, TrainingError
 from orchestrator.filesystem import Folder
 from orchestrator.launch import Lent

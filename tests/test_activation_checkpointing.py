@@ -18,7 +18,7 @@ from models.heads import SequenceModel
 from models.lru import LRUConfig
 from models.mamba import MambaConfig
 from models.registry import ClassificationTask, LanguageTask, build_model
-from orchestrator.config import parse_config
+from orchestrator.config_reading import parse_config
 from orchestrator.data.batches import Batch
 from orchestrator.group import Group
 

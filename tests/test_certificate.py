@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compression.planning import Occasion, plan_truncation
-from orchestrator.config import parse_config
+from orchestrator.config_reading import parse_config
 from orchestrator.data.batches import Batch
 from orchestrator.group import Group
 from tests.test_trajectory import TASK

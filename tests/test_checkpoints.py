@@ -24,7 +24,8 @@ import torch
 from orchestrator import checkpoint, launch, retention
 from orchestrator.checkpoint import MANIFEST, CheckpointError
 from orchestrator.checkpoint_writer import MissingShardError, Writer
-from orchestrator.config import CheckpointsConfig, ClusterConfig, parse_config
+from orchestrator.config import CheckpointsConfig, ClusterConfig
+from orchestrator.config_reading import parse_config
 from orchestrator.errors import TrainingError, UserError
 from orchestrator.filesystem import Folder, inside
 from orchestrator.group import Group

@@ -15,7 +15,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from models.lru import LRUConfig
 from orchestrator.cli import main
-from orchestrator.config import load_config, parse_config, refuse_other_run
+from orchestrator.config_changes import refuse_other_run
+from orchestrator.config_reading import load_config, parse_config
 from orchestrator.data.sources import SOURCES
 from orchestrator.errors import UserError
 

@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from compression.plan import StateSelection
 from orchestrator import checkpoint
 from orchestrator.checkpoint import MANIFEST
-from orchestrator.config import RunConfig, Workers, parse_config
+from orchestrator.config import RunConfig, Workers
+from orchestrator.config_reading import parse_config
 from orchestrator.data.sources import TextFiles
 from orchestrator.errors import TrainingError, UserError
 from orchestrator.mlflow_tracker import MLFLOW_RUN

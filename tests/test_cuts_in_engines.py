@@ -11,7 +11,8 @@ import torch
 
 from compression.plan import TruncationPlan
 from compression.planning import Occasion, plan_truncation
-from orchestrator.config import RunConfig, parse_config
+from orchestrator.config import RunConfig
+from orchestrator.config_reading import parse_config
 from orchestrator.data.batches import Batch
 from orchestrator.group import Group
 from orchestrator.sharded_state import States

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from compression.plan import StateRotation, TruncationPlan
 from orchestrator import checkpoint
-from orchestrator.config import GuardConfig, parse_config
+from orchestrator.config import GuardConfig
+from orchestrator.config_reading import parse_config
 from orchestrator.filesystem import Folder
 from orchestrator.guard import Watch
 from orchestrator.inference import load_model

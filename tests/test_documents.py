@@ -28,7 +28,7 @@ from models.registry import (
     TokenClassificationTask,
     build_model,
 )
-from orchestrator.config import parse_config
+from orchestrator.config_reading import parse_config
 from orchestrator.data import arrow
 from orchestrator.data.batches import TrainBatches, validation_batches
 from orchestrator.data.sources import SOURCES, prepare

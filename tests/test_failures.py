@@ -13,7 +13,7 @@ from ray.exceptions import ActorDiedError
 
 from models.scan.backends import UnavailableError
 from orchestrator.checkpoint import CheckpointError
-from orchestrator.config import parse_config
+from orchestrator.config_reading import parse_config
 from orchestrator.coordinator import Coordinator, StaleAttemptError
 from orchestrator.crew import Foreman, release_dead
 from orchestrator.errors import UserError

@@ -30,7 +30,7 @@ from models.mamba import Mamba, MambaConfig
 from models.registry import LanguageTask, build_model
 from orchestrator import checkpoint
 from orchestrator.cli import main
-from orchestrator.config import parse_config
+from orchestrator.config_reading import parse_config
 from orchestrator.errors import UserError
 from orchestrator.filesystem import Folder
 from orchestrator.inference import load_model

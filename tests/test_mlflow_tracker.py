@@ -16,7 +16,7 @@ import mlflow
 import pytest
 
 from orchestrator import mlflow_tracker
-from orchestrator.config import parse_config
+from orchestrator.config_reading import parse_config
 from orchestrator.mlflow_tracker import MlflowTracker, mlflow_uri
 from orchestrator.tracking import CompositeTracker, JsonlTracker
 from tests.runs import runs_of

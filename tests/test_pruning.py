@@ -14,7 +14,8 @@ from optuna.trial import TrialState
 from ray import tune
 from ray.tune.search import Searcher
 
-from orchestrator.config import RunConfig, load_config, parse_config
+from orchestrator.config import RunConfig
+from orchestrator.config_reading import load_config, parse_config
 from orchestrator.pruning import REDUCTION, MedianRule, at_rung, first_judged, promote, promoted, rung_of, scheduler_of
 from orchestrator.search import searcher
 from orchestrator.space import load_space, names

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from models.heads import NOT_ASKED, TokenModel
 from models.registry import LanguageTask, RecallTask, Task, build_model
 from orchestrator.cli import main
-from orchestrator.config import parse_config
+from orchestrator.config_reading import parse_config
 from orchestrator.data import arrow
 from orchestrator.data.batches import Batch, TrainBatches, validation_batches
 from orchestrator.data.recall import FILLER, Recall

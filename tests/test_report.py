@@ -14,7 +14,7 @@ import pytest
 from matplotlib import image
 
 from orchestrator import launch
-from orchestrator.config import parse_config
+from orchestrator.config_reading import parse_config
 from orchestrator.doctor import Finding, examine, format_findings
 from orchestrator.errors import UserError
 from orchestrator.report import _drift, write_report

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from optuna.distributions import BaseDistribution
 
-from orchestrator.config import RunConfig, load_config, parse_config
+from orchestrator.config import RunConfig
+from orchestrator.config_reading import load_config, parse_config
 from orchestrator.errors import UserError
 from orchestrator.space import Space, load_space, names, optuna_space
 from orchestrator.sweep import Request, check

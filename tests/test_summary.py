@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.config import parse_config
+from orchestrator.config_reading import parse_config
 from orchestrator.summary import write_summary
 
 STEPS = 12

@@ -26,7 +26,7 @@ from ray.tune.search import Searcher
 
 from orchestrator import checkpoint
 from orchestrator.cli import main
-from orchestrator.config import load_config, parse_config
+from orchestrator.config_reading import load_config, parse_config
 from orchestrator.errors import UserError
 from orchestrator.pruning import Pruning
 from orchestrator.search import searcher

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from models.heads import LanguageModel
 from models.registry import LanguageTask, build_model
 from orchestrator import generate
-from orchestrator.config import parse_config
+from orchestrator.config_reading import parse_config
 from orchestrator.data import arrow, tokenizer
 from orchestrator.data.batches import TrainBatches
 from orchestrator.data.sources import prepare

@@ -26,7 +26,8 @@ from compression.plan import StateSelection, TruncationPlan
 from models.heads import SequenceModel
 from models.registry import LanguageTask, build_model
 from orchestrator import checkpoint, launch
-from orchestrator.config import RunConfig, parse_config
+from orchestrator.config import RunConfig
+from orchestrator.config_reading import parse_config
 from orchestrator.data.batches import TrainBatches
 from orchestrator.data.sources import prepare
 from orchestrator.errors import TrainingError, UserError

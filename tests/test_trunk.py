@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from orchestrator import checkpoint, launch
-from orchestrator.config import RunConfig, parse_config
+from orchestrator.config import RunConfig
+from orchestrator.config_reading import parse_config
 from orchestrator.errors import TrainingError, UserError
 from orchestrator.launch import Lent
 from orchestrator.storage import checkpoints_of

@@ -22,7 +22,8 @@ from compression.plan import StateSelection, TruncationPlan
 from compression.planning import Occasion, plan_truncation
 from models.heads import SequenceModel
 from models.registry import ClassificationTask, build_model
-from orchestrator.config import RunConfig, parse_config
+from orchestrator.config import RunConfig
+from orchestrator.config_reading import parse_config
 from orchestrator.data.batches import Batch
 from orchestrator.group import Group, limit_waiting
 from orchestrator.objective import Objective

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.config import parse_config
+from orchestrator.config_reading import parse_config
 from tests.chaos.conftest import Told
 from tests.chaos.harness import POINTS, Strike, actors_alive, disturbed, finished, shared_cluster
 from tests.conftest import small_run as small_run_fixture
