@@ -28,14 +28,14 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
+from benchmarks.measure import ROOT
 from orchestrator.collection import ASKED, REQUEST, write_rows
-from orchestrator.comparison_report import Row, draw, markdown, read_comparison, read_rows
+from orchestrator.comparison_report import METHODS, Row, draw, markdown, read_comparison, read_rows
 from orchestrator.config_changes import differences
 from orchestrator.config_reading import parse_config
 from orchestrator.errors import UserError
 from orchestrator.run_folder import read_json
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 SEEDS = (0, 1, 2)
 WORKERS = 2
@@ -229,8 +229,6 @@ def gather(path: Path, folders: list[Path], figures: Path) -> None:
     Raises:
         UserError: a folder holds no comparison, or one of something else than the others.
     """
-    from orchestrator.comparison import METHODS
-
     rows: list[Row] = []
     asked = []
     for folder in folders:
@@ -255,8 +253,6 @@ def gather(path: Path, folders: list[Path], figures: Path) -> None:
 
 def compared(path: Path) -> str:
     """The table of a comparison, from its rows."""
-    from orchestrator.comparison import METHODS
-
     return markdown(read_rows(path), METHODS)
 
 

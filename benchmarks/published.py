@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.measure import ROOT
 from compression.gramians import LTISystem
 
-ROOT = Path(__file__).resolve().parents[1]
 CLONE = ROOT / "data" / "compressm"
 SYSTEM = ("eigenvalues_N", "B_NH", "C_HN")
 

@@ -227,7 +227,7 @@ def report(run: Path) -> None:
     have ended. The page, RUN/report.html, needs no other file and no network; a comparison has RUN/comparison.md.
     """
     if (run / "comparison.parquet").exists():
-        from orchestrator.comparison import render as render_comparison
+        from orchestrator.comparison_report import render as render_comparison
 
         print(render_comparison(run))
         return

@@ -11,15 +11,23 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from models.registry import Task, build_model
 from orchestrator import launch
-from orchestrator.collection import ASKED, REQUEST, below, parent_run, refuse_another_request, remember_request
-from orchestrator.comparison_report import COMPARISON, PAGE, Row, read_comparison, together, write_comparison
+from orchestrator.collection import below, parent_run, refuse_another_request, remember_request
+from orchestrator.comparison_report import (
+    COMPARISON,
+    METHODS,
+    PAGE,
+    Row,
+    described,
+    read_comparison,
+    together,
+    write_comparison,
+)
 from orchestrator.config import RunConfig
 from orchestrator.config_reading import parse_config
 from orchestrator.crew import Crew
@@ -29,23 +37,11 @@ from orchestrator.errors import TrainingError, UserError
 from orchestrator.launch import Lent
 from orchestrator.mlflow_tracker import MlflowTracker, Nesting, mlflow_command
 from orchestrator.ray_cluster import ray_cluster
-from orchestrator.run_folder import read_json
 from orchestrator.signals import StopRequest, stop_request
 from orchestrator.storage import hold_folder
 from orchestrator.terminal import Terminal, chatter_to, duration
 from orchestrator.trunk import NAME, branch, untruncated
 
-METHODS = {
-    "full": "full size to the end",
-    "hankel": "truncated in mid-training, as the config says",
-    "scratch": "trained at the reached dimensions from the first step",
-    "random": "truncated at the same probes in equal ratios, to states drawn at random",
-    "smallest": "truncated at the same probes in equal ratios, to what has the smallest Hankel singular values",
-    "magnitude": "trained at full size, then pruned by the magnitude of weights and fine-tuned",
-    "distill": "the reached dimensions from the first step, taught by the full-size model",
-    "hsv_regularized": "trained with a penalty on Hankel singular values, truncated at the end without more training",
-    "nuclear_regularized": "the same with dense Lyapunov solves, as it used to be",
-}
 # The learning rate after pruning begins at this share of its peak, or higher where the schedule still is.
 FINE_TUNED_AT = 0.1
 FROM_SCRATCH = ("scratch", "distill")
@@ -119,7 +115,7 @@ def compare(config: RunConfig, request: Request) -> list[Row]:
                 rows.append(row)
                 terminal.line(f"{len(rows)} of {total}: seed {seed}, {row.told()}")
                 # After each: what there is can be looked at, however long the rest takes.
-                text = write_comparison(folder, together(earlier, rows), _described(config))
+                text = write_comparison(folder, together(earlier, rows), described(config))
             if tracker is not None:
                 for name in (COMPARISON, PAGE, "figures/comparison.png"):
                     tracker.artifact(folder / name)
@@ -170,22 +166,6 @@ def check(config: RunConfig, request: Request) -> None:
                 _opponent(place, cut, config, config.model.state_dims, request)
             except UserError as error:
                 raise UserError(f"--methods {method}: {error}") from error
-
-
-def render(folder: Path) -> Path:
-    """Write the page and the figure of the comparison in `folder` again, from its rows; the page."""
-    config = parse_config(read_json(folder / REQUEST, *ASKED)["config"])
-    write_comparison(folder, read_comparison(folder), _described(config))
-    return folder / PAGE
-
-
-def _described(config: RunConfig) -> dict[str, str]:
-    """A line about each method."""
-    rule = config.truncation_rule
-    assert rule is not None
-    how = ", with compensation" if rule.compensate else ""
-    cut = {"hankel": f"{METHODS['hankel']} (score: {rule.score}){how}"}
-    return METHODS | cut | {method: METHODS[method] + how for method in ("random", "smallest")}
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,26 @@ import pyarrow.parquet as pq
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from orchestrator.collection import write_rows
+from orchestrator.collection import ASKED, REQUEST, write_rows
+from orchestrator.config import RunConfig
+from orchestrator.config_reading import parse_config
 from orchestrator.errors import UserError
 from orchestrator.figures import PALETTE, figure_of, style
-from orchestrator.run_folder import write_whole
+from orchestrator.run_folder import read_json, write_whole
 from orchestrator.terminal import count, dims
 
 COMPARISON, PAGE = "comparison.parquet", "comparison.md"
+METHODS = {
+    "full": "full size to the end",
+    "hankel": "truncated in mid-training, as the config says",
+    "scratch": "trained at the reached dimensions from the first step",
+    "random": "truncated at the same probes in equal ratios, to states drawn at random",
+    "smallest": "truncated at the same probes in equal ratios, to what has the smallest Hankel singular values",
+    "magnitude": "trained at full size, then pruned by the magnitude of weights and fine-tuned",
+    "distill": "the reached dimensions from the first step, taught by the full-size model",
+    "hsv_regularized": "trained with a penalty on Hankel singular values, truncated at the end without more training",
+    "nuclear_regularized": "the same with dense Lyapunov solves, as it used to be",
+}
 MARKERS = "osD^vP*Xh"
 MEANINGS = (
     "- time: of steps, probes, and cuts with their certificates, not of other evaluations, checkpoints and starts; "
@@ -107,6 +120,22 @@ def write_comparison(folder: Path, rows: Sequence[Row], methods: Mapping[str, st
     (folder / "figures").mkdir(exist_ok=True)
     draw(folder / "figures" / "comparison.png", rows, methods)
     return text
+
+
+def render(folder: Path) -> Path:
+    """Write the page and the figure of the comparison in `folder` again, from its rows; the page."""
+    config = parse_config(read_json(folder / REQUEST, *ASKED)["config"])
+    write_comparison(folder, read_comparison(folder), described(config))
+    return folder / PAGE
+
+
+def described(config: RunConfig) -> dict[str, str]:
+    """A line about each method of a comparison with this config."""
+    rule = config.truncation_rule
+    assert rule is not None
+    how = ", with compensation" if rule.compensate else ""
+    cut = {"hankel": f"{METHODS['hankel']} (score: {rule.score}){how}"}
+    return METHODS | cut | {method: METHODS[method] + how for method in ("random", "smallest")}
 
 
 def draw(path: Path, rows: Sequence[Row], methods: Mapping[str, str]) -> None:

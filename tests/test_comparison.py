@@ -19,8 +19,8 @@ from benchmarks.evidence import gather
 from compression.ranking import Target
 from orchestrator.cli import main
 from orchestrator.collection import refuse_another_request, remember_request, write_rows
-from orchestrator.comparison import METHODS, PENALTIES, Place, Request, _opponent, _train_all, check, compare
-from orchestrator.comparison_report import Row, _figure, markdown, read_comparison, read_rows, write_comparison
+from orchestrator.comparison import PENALTIES, Place, Request, _opponent, _train_all, check, compare
+from orchestrator.comparison_report import METHODS, Row, _figure, markdown, read_comparison, read_rows, write_comparison
 from orchestrator.config import DistillConfig, RegularizeConfig, RunConfig
 from orchestrator.config_reading import parse_config
 from orchestrator.errors import TrainingError, UserError
