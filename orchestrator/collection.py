@@ -57,7 +57,7 @@ def remember_request(folder: Path, config: RunConfig, request: Mapping[str, Any]
     """Keep what was asked for; not before all that a person can have got wrong has been found, and can be corrected."""
     path = folder / REQUEST
     earlier = read_json(path, *ASKED)["request"] if path.exists() else {}
-    asked = dict(zip(ASKED, (config.model_dump(mode="json"), earlier | dict(request)), strict=True))
+    asked = {"config": config.model_dump(mode="json"), "request": earlier | dict(request)}
     write_whole(path, json.dumps(asked, indent=1) + "\n")
 
 

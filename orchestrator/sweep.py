@@ -110,7 +110,7 @@ def tune_schedules(config: RunConfig, request: Request) -> dict[str, Any]:
         terminal = stack.enter_context(chatter_to(folder / "logs" / "ray.log"))
         stack.enter_context(ray_cluster(config))
         room = room_for(config)
-        if request.concurrent is not None and request.concurrent > room and cluster_address() in HERE:
+        if request.concurrent is not None and request.concurrent > room and cluster_address() == HERE:
             raise UserError(f"--concurrent {request.concurrent} must be at most {room}: this machine has no more room")
         at_a_time = request.concurrent or room
         remember_request(folder, base, asked)
