@@ -31,7 +31,7 @@ import torch.distributed as dist
 from benchmarks.measure import ROOT
 from orchestrator.collection import ASKED, REQUEST, write_rows
 from orchestrator.comparison_report import METHODS, Row, draw, markdown, read_comparison, read_rows
-from orchestrator.config_changes import differences
+from orchestrator.config_changes import changes, differences
 from orchestrator.config_reading import parse_config
 from orchestrator.errors import UserError
 from orchestrator.run_folder import read_json
@@ -138,16 +138,16 @@ def main() -> None:
     if options.command == "gather" and not options.study.startswith("comparison_"):
         parser.error(f"{options.study} must begin with comparison_, as the other studies of comparisons do")
     path = RESULTS / f"{options.study}.parquet"
-    match options.command:
-        case "run":
-            run(options.study, options.only, path)
-        case "table":
-            print(table(options.study, _read(path)) if options.study in STUDIES else compared(path))
-        case "gather":
-            try:
+    try:
+        match options.command:
+            case "run":
+                run(options.study, options.only, path)
+            case "table":
+                print(table(options.study, _read(path)) if options.study in STUDIES else compared(path))
+            case "gather":
                 gather(path, options.folders, ROOT / "docs" / "figures")
-            except UserError as error:
-                parser.error(str(error))
+    except UserError as error:
+        parser.error(str(error))
 
 
 def run(study: str, only: str, path: Path) -> None:
@@ -239,12 +239,13 @@ def gather(path: Path, folders: list[Path], figures: Path) -> None:
         rows = [*(row for row in rows if row.seed not in seeds), *found]
         asked.append(read_json(folder / REQUEST, *ASKED))
     alike = {"name": path.stem, "seed": 0}
-    first = asked[0]
+    config, known = asked[0]["config"] | alike, dict(asked[0]["request"])
     for folder, other in zip(folders[1:], asked[1:], strict=True):
-        changed = differences(parse_config(other["config"] | alike), first["config"] | alike)
-        # What only one of both says was asked for with methods that the other does not have.
-        both = first["request"].keys() & other["request"].keys()
-        changed += [key for key in sorted(both) if other["request"][key] != first["request"][key]]
+        changed = differences(parse_config(other["config"] | alike), config)
+        # What only one of them says was asked for with methods that the others do not have.
+        both = {key: known[key] for key in known.keys() & other["request"].keys()}
+        changed += [words for _, words in changes({key: other["request"][key] for key in both}, both)]
+        known |= other["request"]
         if changed:
             raise UserError(f"{folder} is a comparison with another value of {', '.join(changed)}")
     write_rows(path, [asdict(row) for row in rows])

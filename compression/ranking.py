@@ -255,10 +255,13 @@ def _rounded(limits: Sequence[int], spectra: Sequence[Spectrum], target: Target)
     if target.budget is None:
         return _rounded_up(limits, spectra, target)
     rungs = target.ladder or ()
+    # What the budget leaves whole stays so; where all are to be alike, only together.
+    whole = [limit >= spectrum.dim for limit, spectrum in zip(limits, spectra, strict=True)]
+    if target.uniform:
+        whole = [all(whole)] * len(whole)
     return [
-        # What the budget leaves whole stays so.
-        limit if limit >= spectrum.dim else max((rung for rung in rungs if rung <= limit), default=limit)
-        for limit, spectrum in zip(limits, spectra, strict=True)
+        limit if stays else max((rung for rung in rungs if rung <= limit), default=limit)
+        for limit, stays in zip(limits, whole, strict=True)
     ]
 
 

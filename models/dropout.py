@@ -32,5 +32,5 @@ class RowDropout(nn.Module):
         kept_BLM = torch.empty_like(x_BLM, requires_grad=False)
         for kept_LM, seed in zip(kept_BLM, seeds, strict=True):
             kept_LM.bernoulli_(1 - self.share, generator=generator.manual_seed(int(seed)))
-        # Not the mask: in bfloat16 what it would be scaled to is another number, for all entries alike.
+        # Not the mask: 1 / (1 - share) would be rounded to bfloat16, and all entries scaled by the same wrong factor.
         return x_BLM * kept_BLM / (1 - self.share)

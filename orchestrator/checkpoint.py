@@ -34,7 +34,7 @@ _READERS = 4
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or deleted; the others are intact."""
+    """A checkpoint could not be written or deleted, or their folder not be looked through; the others are intact."""
 
 
 class Shard(BaseModel):

@@ -81,10 +81,13 @@ def read_comparison(folder: Path) -> list[Row]:
     """The rows that `write_comparison` has left in a folder, if it has.
 
     Raises:
-        UserError: its file is damaged.
+        UserError: its file is damaged, or of another version.
     """
     path = folder / COMPARISON
-    return read_rows(path) if path.exists() else []
+    try:
+        return read_rows(path) if path.exists() else []
+    except UserError as error:
+        raise UserError(f"{error}; without it the same comparison writes it anew") from error
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -96,7 +99,7 @@ def read_rows(path: Path) -> list[Row]:
     try:
         return [Row(**row) for row in pq.read_table(path).to_pylist()]
     except (pa.ArrowInvalid, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); without it the same comparison writes it anew") from error
+        raise UserError(f"{path} is damaged, or of another version ({error})") from error
 
 
 def together(earlier: Sequence[Row], rows: Sequence[Row]) -> list[Row]:

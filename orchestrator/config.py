@@ -273,7 +273,7 @@ class RunConfig(Part):
     @classmethod
     def _is_no_uri(cls, path: Any) -> Any:
         if "://" in str(path):
-            raise ValueError("must be a folder; of a run, only what checkpoints.storage names may lie in a store")
+            raise ValueError(f"{path} must be a folder; only checkpoints.storage may be a URI")
         return path
 
     @field_validator("storage", "data_root")

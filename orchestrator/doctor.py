@@ -169,15 +169,13 @@ def _torch_gpu_deepspeed() -> list[Finding]:
 
 
 def _ray() -> Finding:
-    finding = _package("Ray", "ray")
-    if finding.state == "missing":
+    finding, address = _package("Ray", "ray"), os.environ.get("RAY_ADDRESS", "")
+    if finding.state == "missing" or address in ("", "local", "auto"):
         return finding
-    from orchestrator.ray_cluster import HERE, cluster_address  # Ray may be what is missing
-
     try:
-        address = cluster_address()
-    except UserError as error:
+        from orchestrator.ray_cluster import cluster_address  # Ray, or what it needs, may be what is missing
+
+        cluster_address()
+    except (UserError, ImportError, OSError) as error:
         return Finding("Ray", "missing", str(error))
-    if address in (HERE, "auto"):
-        return finding
     return replace(finding, detail=f"{finding.detail}, cluster at {address} answers")

@@ -341,8 +341,8 @@ class Worker:
         self.step, self.train_seconds = step, manifest.train_seconds
         self.watch, self.val_loss = None, manifest.val_loss
         self.truncations = [replace(cut, rolled_back=cut.step >= step) for cut in self.truncations]
-        # The cut's own measurement is of this step, too.
-        self._publish([Measured(step, self._standing())])
+        # The cut has been measured at this step, too.
+        self._publish([Measured(step, self._evaluate() | self._standing())])
         self._save(after_cut=False)
 
     def _save(self, after_cut: bool) -> None:

@@ -51,7 +51,7 @@ def cluster_address() -> str:
         UserError: it is not the address of a cluster, or nothing answers.
     """
     address = os.environ.get("RAY_ADDRESS") or HERE
-    if address in (HERE, "auto"):  # with which Ray looks by itself
+    if address in (HERE, "auto"):  # nothing to reach, or Ray looks by itself
         return address
     try:
         parts = urlsplit(f"//{address}")

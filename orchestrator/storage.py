@@ -160,20 +160,27 @@ def earlier_storage(folder: Path) -> str | None:
     Raises:
         UserError: the config that it has left cannot be read, or is none.
     """
-    before = folder / CONFIG
-    return load_config(before).checkpoints.storage if before.exists() else None
+    return _left_in(folder).checkpoints.storage if (folder / CONFIG).exists() else None
+
+
+def _left_in(folder: Path) -> RunConfig:
+    """The config of the last start in this folder."""
+    try:
+        return load_config(folder / CONFIG)
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG}, which an earlier start has left: {error}") from error
 
 
 def finished(config: RunConfig, folder: Path) -> dict[str, Any] | None:
     """The summary of a run that has come to its end; None where it has not.
 
     Raises:
-        UserError: the run that has ended is of another config.
+        UserError: the run that has ended is of another config, or what it has left cannot be read.
     """
     path = folder / "summary.json"
     if not path.exists():
         return None
-    refuse_other_run(config, load_config(folder / CONFIG).model_dump(mode="json"))
+    refuse_other_run(config, _left_in(folder).model_dump(mode="json"))
     return read_json(path, "truncations")
 
 
@@ -183,6 +190,5 @@ def start_over(config: RunConfig, folder: Path) -> None:
     The MLflow run stays where the config is the same, so that a training has one.
     """
     (folder / "metrics.jsonl").unlink(missing_ok=True)
-    before = folder / CONFIG
-    if before.exists() and differences(config, load_config(before).model_dump(mode="json")):
+    if (folder / CONFIG).exists() and differences(config, _left_in(folder).model_dump(mode="json")):
         (folder / MLFLOW_RUN).unlink(missing_ok=True)

@@ -134,7 +134,7 @@ def steps_trained(found: Sequence[Outcome]) -> int:
 def steps_alone(found: Sequence[Outcome], steps: int) -> int:
     """What they would have trained each for itself and to its end, which is step `steps` for those that were pruned.
 
-    One that fails would have come as far, and of how far others go a space may have spoken.
+    One that failed would have come as far alone; others have ended at their own last step, which a space may set.
     """
     return sum(steps if outcome.status == "pruned" else outcome.last_step for outcome in found)
 

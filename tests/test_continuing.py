@@ -287,7 +287,7 @@ def test_continuing_refuses_other_data(finished: Finished, tmp_path: Path) -> No
 
 def test_a_folder_has_one_driver_at_a_time_until_that_is_killed(small_run: dict[str, Any]) -> None:
     config = parse_config(small_run)
-    hold = "import sys, time; from orchestrator.config import *; from orchestrator.storage import *\n"
+    hold = "import sys, time; from orchestrator.config_reading import *; from orchestrator.storage import *\n"
     hold += "with run_folder(load_config(Path(sys.argv[1]))): print('held', flush=True); time.sleep(600)"
     path = config.storage.parent / "small.yaml"
     path.write_text(yaml.safe_dump(small_run))

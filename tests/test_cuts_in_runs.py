@@ -87,6 +87,7 @@ def test_a_cut_that_hurts_is_taken_back(small_run: dict[str, Any], local_ray: No
     assert not list((folder / "checkpoints").glob("uncut*"))
     [back] = [row for row in read_metrics(folder) if "rolled_back" in row]
     assert (back["step"], back["states"], back["d_state_00"]) == (100, 32.0, 16.0)
+    assert back["val_loss"] == back["val_loss_before"] == cut["val_loss_before"] < cut["val_loss_after"]
 
 
 @pytest.mark.cluster

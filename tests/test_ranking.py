@@ -227,6 +227,9 @@ def test_ladders_round_up_and_budgets_down() -> None:
     # What a budget leaves whole, it cuts to no rung.
     twice = Target(budget={"states": 96}, ladder=ladder)
     assert [rank for rank, _ in choose_ranks([Spectrum((1.0,) * 48, 64, 1)] * 2, twice, 1, 1)] == [48, 48]
+    uneven = [Spectrum((1.0,) * dim, 64, 1) for dim in (64, 48)]
+    alike = Target(budget={"states": 100}, ladder=(16, 32, 64), uniform=True)
+    assert [rank for rank, _ in choose_ranks(uneven, alike, 1, 1)] == [32, 32]
     few = [Spectrum(tuple([1.0] * 12), 64, 1)]
     assert choose_ranks(few, Target(tolerance=0.1, ladder=ladder), 1, 1)[0][0] == 12
 
