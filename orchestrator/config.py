@@ -269,13 +269,6 @@ class RunConfig(Part):
     tracking: TrackingConfig = TrackingConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
 
-    @field_validator("storage", "data_root", mode="before")
-    @classmethod
-    def _is_no_uri(cls, path: Any) -> Any:
-        if "://" in str(path):
-            raise ValueError(f"{path} must be a folder; only checkpoints.storage may be a URI")
-        return path
-
     @field_validator("storage", "data_root")
     @classmethod
     def _absolute(cls, path: Path) -> Path:

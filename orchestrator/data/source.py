@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,8 +18,10 @@ def absolute(path: Path) -> Path:
     """The path from the root: workers run in another directory than the driver.
 
     Raises:
-        ValueError: it begins with the home of a user who does not exist.
+        ValueError: it is a URI, or begins with the home of a user who does not exist.
     """
+    if re.match(r"\w+:/", str(path)):  # a path has single slashes
+        raise ValueError(f"{path} must be a path that all machines see; only checkpoints.storage may be a URI")
     try:
         return path.expanduser().resolve()
     except RuntimeError as error:
