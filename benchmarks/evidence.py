@@ -29,9 +29,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.measure import ROOT
-from orchestrator.collection import ASKED, REQUEST, write_rows
+from orchestrator.collection import ASKED, REQUEST, otherwise, write_rows
 from orchestrator.comparison_report import METHODS, Row, draw, markdown, read_comparison, read_rows
-from orchestrator.config_changes import changes, differences
 from orchestrator.config_reading import parse_config
 from orchestrator.errors import UserError
 from orchestrator.run_folder import read_json
@@ -239,15 +238,11 @@ def gather(path: Path, folders: list[Path], figures: Path) -> None:
         rows = [*(row for row in rows if row.seed not in seeds), *found]
         asked.append(read_json(folder / REQUEST, *ASKED))
     alike = {"name": path.stem, "seed": 0}
-    config, known = asked[0]["config"] | alike, dict(asked[0]["request"])
+    known = {"config": asked[0]["config"] | alike, "request": asked[0]["request"]}
     for folder, other in zip(folders[1:], asked[1:], strict=True):
-        changed = differences(parse_config(other["config"] | alike), config)
-        # What only one of them says was asked for with methods that the others do not have.
-        both = {key: known[key] for key in known.keys() & other["request"].keys()}
-        changed += [words for _, words in changes({key: other["request"][key] for key in both}, both)]
-        known |= other["request"]
-        if changed:
+        if changed := otherwise(parse_config(other["config"] | alike), other["request"], known):
             raise UserError(f"{folder} is a comparison with another value of {', '.join(changed)}")
+        known["request"] |= other["request"]
     write_rows(path, [asdict(row) for row in rows])
     draw(figures / f"{path.stem}.png", rows, METHODS)
 

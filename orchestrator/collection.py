@@ -32,25 +32,28 @@ def below(config: RunConfig, folder: Path) -> RunConfig:
     return config.model_copy(update={"storage": folder, "tracking": tracking, "checkpoints": checkpoints})
 
 
-def refuse_another_request(folder: Path, config: RunConfig, request: Mapping[str, Any]) -> None:
-    """Check that this is what was begun with in `folder`, if anything, but for what runs too may continue with.
+def otherwise(config: RunConfig, request: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+    """What is asked for otherwise than in `before`, a REQUEST: each key with both values.
 
-    What only one of both says is no difference.
+    What runs too may continue with is no difference, nor what only one of both requests says.
+    """
+    asked, then = json.loads(json.dumps(request)), before["request"]
+    both = {key: then[key] for key in asked.keys() & then.keys()}
+    changed = [words for _, words in changes({key: asked[key] for key in both}, both)]
+    return differences(config, before["config"]) + changed
+
+
+def refuse_another_request(folder: Path, config: RunConfig, request: Mapping[str, Any]) -> None:
+    """Check that this is what was begun with in `folder`, if anything.
 
     Raises:
         UserError: something else was asked for before; names what differs. Or what was asked for cannot be read.
     """
     path = folder / REQUEST
-    if path.exists():
-        before = read_json(path, *ASKED)
-        asked, then = json.loads(json.dumps(request)), before["request"]
-        both = {key: then[key] for key in asked.keys() & then.keys()}
-        changed = differences(config, before["config"])
-        changed += [words for _, words in changes({key: asked[key] for key in both}, both)]
-        if changed:
-            raise UserError(
-                f"{folder} cannot continue with another value of {', '.join(changed)}; another name= starts a new one"
-            )
+    if path.exists() and (changed := otherwise(config, request, read_json(path, *ASKED))):
+        raise UserError(
+            f"{folder} cannot continue with another value of {', '.join(changed)}; another name= starts a new one"
+        )
 
 
 def remember_request(folder: Path, config: RunConfig, request: Mapping[str, Any]) -> None:

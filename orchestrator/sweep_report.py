@@ -113,7 +113,7 @@ def outcomes(folder: Path) -> list[Outcome]:
 def best_so_far(folder: Path, objective: str, mode: str) -> tuple[str, float] | None:
     """The finished trial that is best in one objective, and its value there."""
     finished = [trial for trial in trials_of(folder) if status_of(trial)[0] == "finished"]
-    values = {trial.name: final(json.loads((trial / "summary.json").read_text()))[objective] for trial in finished}
+    values = {trial.name: final(read_json(trial / "summary.json", "truncations"))[objective] for trial in finished}
     best = (min if mode == "min" else max)(values, key=values.__getitem__, default=None)
     return (best, values[best]) if best is not None else None
 
@@ -253,7 +253,7 @@ def _outcome(trial: Path) -> Outcome:
     rows = metrics_so_far(trial)
     last_step = max((row["step"] for row in rows if "train_loss" in row), default=trunk_step)
     if status == "finished":
-        summary = json.loads((trial / "summary.json").read_text())
+        summary = read_json(trial / "summary.json", "truncations")
         cuts = [cut["step"] for cut in summary["truncations"] if not cut["rolled_back"]]
         first = min(cuts, default=None)
         dims = summary["final_dims"]
