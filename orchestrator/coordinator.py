@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -33,7 +34,7 @@ from compression.planning import (
     solve_layer,
 )
 from compression.truncation import Solution
-from orchestrator.events import Event, Lost, Probed, Reserved
+from orchestrator.events import Event, Lost, Probed, Reserved, Stopped
 from orchestrator.group import Group
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class Coordinator:
 
     def __init__(self, rule: Rule | None, timeout_s: float, max_failures: float = 0) -> None:
         self._events: list[Event] = []
+        self._awaited = asyncio.Event()  # somebody needs the driver to take the events now
         self._begin_run(rule, timeout_s, max_failures)
 
     def _begin_run(self, rule: Rule | None, timeout_s: float, max_failures: float) -> None:
@@ -189,6 +191,8 @@ class Coordinator:
         self._previous = next((event.plan for event in events if isinstance(event, Probed)), self._previous)
         self._events.extend(events)
         self._published += len(events)
+        if any(isinstance(event, Stopped) for event in events):
+            self._awaited.set()
         return self._stop
 
     async def reserved(self, group: Any) -> None:
@@ -205,10 +209,17 @@ class Coordinator:
         self._published += 1
         return True
 
-    async def drain(self, stop: bool) -> list[Event]:
-        """All events since the last call, which are recorded by now; with `stop`, the workers are told to end."""
+    async def drain(self, stop: bool, patience: float) -> list[Event]:
+        """All events since the last call, whose events are recorded by now; with `stop`, the workers are told to end.
+
+        Many at a time, so it waits for `patience` seconds, or until a checkpoint or the run's end depends on it.
+        """
         self._stop = stop
-        self._recorded, self._taken = self._taken, self._published
+        self._recorded = self._taken
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._awaited.wait(), patience)
+        self._awaited.clear()
+        self._taken = self._published
         events, self._events = self._events, []
         return events
 
@@ -221,6 +232,8 @@ class Coordinator:
         self._refuse_stale(attempt)
         published = self._published
         while self._recorded < published:
+            if self._taken < published:
+                self._awaited.set()
             await asyncio.sleep(0.02)
             self._refuse_stale(attempt)
 

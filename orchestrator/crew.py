@@ -134,7 +134,8 @@ class Crew:
             ray.get(self.foreman.assign.remote(self._number, job, self.cluster.max_failures - follower.lost))
             if self._fit is None:
                 self._fit = in_a_thread(self._trainer().fit, "fit")
-            ended = wait([self._fit], timeout=_POLL_S).done and follower.stopped is None
+            follower.ended.wait(_POLL_S)
+            ended = self._fit.done() and follower.stopped is None
             self._reserve(follower.reservation)
             if follower.running:
                 idle_since = time.monotonic()

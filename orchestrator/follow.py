@@ -29,7 +29,7 @@ from orchestrator.run_folder import plan_path
 from orchestrator.terminal import Terminal, count, dims, duration
 from orchestrator.tracking import Tracker
 
-POLL_S = 0.5
+PATIENCE_S = 0.5  # for events to gather, where nobody waits for them
 
 
 class Follower:
@@ -42,6 +42,8 @@ class Follower:
         self.step = 0
         self.stopped: int | None = None
         """The step after which the workers have ended."""
+        self.ended = threading.Event()
+        """Set once nothing more is followed: the workers have ended, or the recording has failed."""
         self.running = False
         """Whether there is a group of workers that trains."""
         self.lost = 0
@@ -76,19 +78,21 @@ class Follower:
 
     def _follow(self) -> None:
         try:
-            while not self._stop.wait(POLL_S):
-                self._take()
-            self._take()
+            while self.stopped is None and not self._stop.is_set():
+                self._take(PATIENCE_S)
+            if self.stopped is None:
+                self._take(0)
         except OSError as error:
             self.failure = TrainingError(f"the run cannot be recorded in {self._folder}: {error.strerror or error}")
         except Exception as error:  # noqa: BLE001 -- handed to the main thread, which raises it
             self.failure = error
+        finally:
+            self.ended.set()
 
-    def _take(self) -> None:
-        events: list[Event]
-        while events := ray.get(self._coordinator.drain.remote(self._end_workers)):
-            for event in events:
-                self._handle(event)
+    def _take(self, patience: float) -> None:
+        events: list[Event] = ray.get(self._coordinator.drain.remote(self._end_workers, patience))
+        for event in events:
+            self._handle(event)
         if self._recent:
             self._terminal.progress(self._progress())
 

@@ -17,7 +17,7 @@ from orchestrator.config_reading import parse_config
 from orchestrator.coordinator import Coordinator, StaleAttemptError
 from orchestrator.crew import Foreman, release_dead
 from orchestrator.errors import UserError
-from orchestrator.events import Job, Reserved, Stopped
+from orchestrator.events import Job, Measured, Reserved, Stopped
 from orchestrator.failures import comes_again
 from orchestrator.group import DisagreementError
 from orchestrator.ray_cluster import cluster_address
@@ -72,9 +72,31 @@ def test_what_is_reserved_between_two_runs_is_told_with_the_next(small_run: dict
             await foreman.begin_attempt(number, 1)
             await foreman.publish(number, [Stopped(12)])
             await foreman.reserved(f"after {number}")
-        assert await foreman.drain(stop=False) == [Reserved("after 1"), Stopped(12), Reserved("after 2")]
-        await foreman.drain(stop=False)
+        assert await foreman.drain(False, patience=0) == [Reserved("after 1"), Stopped(12), Reserved("after 2")]
+        await foreman.drain(False, patience=0)
         await foreman.recorded(2)
+
+    asyncio.run(story())
+
+
+def test_the_driver_takes_events_at_once_where_somebody_waits_for_that_and_else_many_together() -> None:
+    async def story() -> None:
+        coordinator = Coordinator(None, 60)
+        await coordinator.begin_attempt(1, 1)
+        taking = asyncio.create_task(coordinator.drain(False, patience=600))
+        first, second = Measured(1, {}), Measured(2, {})
+        for event in (first, second):
+            await coordinator.publish(1, [event])
+            await asyncio.sleep(0.1)
+        assert not taking.done()
+        saving = asyncio.create_task(coordinator.recorded(1))
+        assert await asyncio.wait_for(taking, 60) == [first, second]
+        await asyncio.sleep(0.1)
+        assert not saving.done(), "the driver has taken them, but may not have recorded them yet"
+        taking = asyncio.create_task(coordinator.drain(False, patience=600))
+        await asyncio.wait_for(saving, 60)
+        await coordinator.publish(1, [Stopped(12)])
+        assert Stopped(12) in await asyncio.wait_for(taking, 60)
 
     asyncio.run(story())
 
