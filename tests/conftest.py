@@ -31,20 +31,22 @@ from models.scan import backends, extension
 from tests.runs import end_crews, end_drivers, track
 from tests.s3 import Server
 
-# The files that take longest, first: two processes, which get a file each as they come to it, then end together. Tests
+# The files that take longest, first: two processes, which get a file each as they come to it, then end together. Of
+# those that start a Ray cluster of their own, no two begin at once: each is more processes than there are cores. Tests
 # whose runs fail take their workers along, so the file that has most of them is the last that needs any.
 LONGEST = [
     "test_kills.py",
-    "test_sweep.py",
-    "test_continuing.py",
     "test_zero.py",
+    "test_continuing.py",  # of the first process too, because a file of one test is not enough to wait for
+    "test_triton.py",
+    "test_lti_oracles.py",
+    "test_sweep.py",
     "test_checkpoints.py",
     "test_comparison.py",
     "test_cuts_in_runs.py",
     "test_generation.py",
     "test_recall.py",
     "test_training.py",
-    "test_triton.py",
     "test_coordinator.py",
 ]
 

@@ -19,12 +19,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 
 from compression.plan import StateSelection
 from orchestrator import checkpoint
 from orchestrator.checkpoint import MANIFEST
+from orchestrator.cli import main
 from orchestrator.config import RunConfig, Workers
 from orchestrator.config_reading import parse_config
 from orchestrator.data.sources import TextFiles
@@ -35,7 +37,6 @@ from tests.chaos.harness import Points
 from tests.conftest import small_run as small_run_fixture
 from tests.runs import (
     HANGS_S,
-    dims_loaded_alone,
     line_with,
     losses,
     plans,
@@ -153,6 +154,8 @@ def test_a_run_continues_with_other_workers_and_at_another_stage(
 def test_a_state_that_is_no_number_is_never_saved(finished: Finished, tmp_path: Path) -> None:
     """Though losses and gradients are: a second moment that is infinite holds its parameter where it is."""
     config, folder = interrupted(finished, tmp_path, after=5)
+    # A worker that the others of this file do not need: those of a run that fails are started again.
+    one = config.cluster.model_copy(update={"workers": Workers(min=1, max=1)})
     path = checkpoint.at(checkpoints_of(folder, None), 5)
     manifest = checkpoint.verify(path)
     shards = []
@@ -167,7 +170,7 @@ def test_a_state_that_is_no_number_is_never_saved(finished: Finished, tmp_path: 
     with pytest.raises(
         TrainingError, match=r"a parameter or moment after step 7 is no number; train\.lr may be too high"
     ):
-        train(config)
+        train(config.model_copy(update={"cluster": one}))
     assert checkpoint.complete_steps(checkpoints_of(folder, None)) == [3, 5]
 
 
@@ -215,11 +218,6 @@ def test_a_folder_is_taken_away_only_where_nothing_was_started(small_run: dict[s
     with pytest.raises(UserError, match="after the training"):
         train()
     assert (folder / "config.yaml").exists()
-
-
-def test_the_model_of_a_run_is_loaded_without_the_cluster(finished: Finished) -> None:
-    _, folder = finished
-    assert dims_loaded_alone(str(folder)) == "[4, 4]\n"
 
 
 def test_a_finished_run_is_not_trained_again(finished: Finished, capfd: pytest.CaptureFixture[str]) -> None:
@@ -294,12 +292,11 @@ def test_a_folder_has_one_driver_at_a_time_until_that_is_killed(small_run: dict[
     first = subprocess.Popen([sys.executable, "-c", hold, str(path)], stdout=subprocess.PIPE, text=True)
     assert first.stdout is not None
     assert first.stdout.readline() == "held\n"
-    second = start(small_run)
-    _, said = second.communicate(timeout=HANGS_S)
-    assert second.returncode == 2
-    assert f"process {first.pid} on {socket.gethostname()}" in said
-    assert str(config.storage / "small") in said
-    assert said.count("\n") == 1
+    second = CliRunner().invoke(main, ["train", str(path)])
+    assert second.exit_code == 2
+    assert f"process {first.pid} on {socket.gethostname()}" in second.stderr
+    assert str(config.storage / "small") in second.stderr
+    assert second.stderr.count("\n") == 1
     first.kill()
     first.wait()
     with run_folder(config):

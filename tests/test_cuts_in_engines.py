@@ -52,8 +52,9 @@ def train(config: RunConfig) -> list[tuple[States, TruncationPlan, States]]:
     return cuts
 
 
-@pytest.mark.parametrize("how", ["transport", "slice", "reset"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "how"), [("mamba", "transport"), ("mamba", "slice"), ("mamba", "reset"), ("lru", "transport")]
+)
 def test_the_moments_go_the_way_that_the_config_says(model: str, how: str, alone: ProcessPoolExecutor) -> None:
     cuts = alone.submit(train, config_of(model, target={"dim": 4}, moments=how)).result()
     for before, _, after in cuts:

@@ -21,6 +21,7 @@ from orchestrator.guard import Watch
 from orchestrator.inference import load_model
 from orchestrator.run_folder import read_metrics
 from orchestrator.storage import checkpoints_of
+from tests.conftest import small_run as small_run_fixture
 from tests.runs import losses, plans, train
 
 
@@ -28,6 +29,21 @@ def finished(raw: dict[str, Any], **changes: Any) -> tuple[Path, dict[str, Any]]
     config = parse_config(raw | changes)
     summary = train(config)
     return config.storage / config.name, summary
+
+
+# What a cut to the `smallest` states hurts after 100 steps, and one step later still.
+HURTFUL: dict[str, Any] = {
+    "data": {"source": "digits"},
+    "model": {"kind": "lru", "n_layers": 2, "d_model": 16, "d_state": 16},
+}
+LONGER: dict[str, Any] = {"steps": 110, "batch_size": 40, "eval_every": 101, "checkpoint_every": 90}
+
+
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory: pytest.TempPathFactory, corpus: Path, local_ray: None) -> tuple[Path, dict[str, Any]]:
+    """The run of HURTFUL and LONGER that is never cut."""
+    raw = small_run_fixture.__wrapped__(tmp_path_factory.mktemp("uncut"), corpus)
+    return finished(raw | HURTFUL | {"train": raw["train"] | LONGER}, truncation=None)
 
 
 def newest(run: Path) -> Folder:
@@ -68,21 +84,23 @@ def test_a_watch_ends_with_recovery_or_with_patience(
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("patience", [pytest.param(0, marks=pytest.mark.long), 1])
-def test_a_cut_that_hurts_is_taken_back(small_run: dict[str, Any], local_ray: None, patience: int) -> None:
+def test_a_cut_that_hurts_is_taken_back(
+    small_run: dict[str, Any], uncut: tuple[Path, dict[str, Any]], patience: int
+) -> None:
     """The run goes on as if it had never been cut, from the same data, to the last bit."""
-    small_run |= {"data": {"source": "digits"}, "model": {"kind": "lru", "n_layers": 2, "d_model": 16, "d_state": 16}}
+    small_run |= HURTFUL
     # One step after the cut, which is all that patience 1 grants, nothing can have recovered.
-    small_run["train"] |= {"steps": 110, "batch_size": 40, "eval_every": 101, "checkpoint_every": 90}
+    small_run["train"] |= LONGER
     hurts = {"target": {"dim": 1}, "steps": [100, 105], "score": "smallest"}
     hurts |= {"guard": {"tolerance": 0, "patience": patience}}
     folder, summary = finished(small_run, name="guarded", truncation=hurts)
-    uncut, expected = finished(small_run, name="uncut", truncation=None)
+    whole, expected = uncut
     (cut,) = summary["truncations"]
     assert (cut["step"], cut["rolled_back"], cut["dims_after"]) == (100, True, [4, 4])
     assert summary["final_dims"] == [16, 16]
-    assert losses(folder) == losses(uncut)
+    assert losses(folder) == losses(whole)
     assert summary["val_loss_final"] == expected["val_loss_final"]
-    ours, theirs = weights(folder), weights(uncut)
+    ours, theirs = weights(folder), weights(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert not list((folder / "checkpoints").glob("uncut*"))
     [back] = [row for row in read_metrics(folder) if "rolled_back" in row]
@@ -92,28 +110,27 @@ def test_a_cut_that_hurts_is_taken_back(small_run: dict[str, Any], local_ray: No
 
 @pytest.mark.cluster
 def test_a_cut_after_which_training_diverges_is_taken_back(
-    small_run: dict[str, Any], local_ray: None, capfd: pytest.CaptureFixture[str]
+    small_run: dict[str, Any], uncut: tuple[Path, dict[str, Any]], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """At once, whatever the patience; and with the learning rate that was before it."""
-    small_run |= {"data": {"source": "digits"}, "model": {"kind": "lru", "n_layers": 2, "d_model": 16, "d_state": 16}}
-    small_run["train"] |= {"steps": 110, "batch_size": 40, "eval_every": 110, "checkpoint_every": 90}
+    small_run |= HURTFUL
+    small_run["train"] |= LONGER
     diverges = {"target": {"dim": 1}, "steps": [100], "score": "smallest", "lr_factor": 1e30}
     diverges |= {"guard": {"tolerance": 0, "patience": 9}}
     folder, summary = finished(
         small_run, name="guarded", truncation=diverges | {"guard": {"tolerance": 0, "patience": 9}}
     )
     assert re.search(r"rolled back to step 100, before the cut: the .* is no number", capfd.readouterr().out)
-    uncut, _ = finished(small_run, name="uncut", truncation=None)
     assert [cut["rolled_back"] for cut in summary["truncations"]] == [True]
     assert summary["final_dims"] == [16, 16]
-    assert losses(folder) == losses(uncut)
+    assert losses(folder) == losses(uncut[0])
 
 
 @pytest.mark.cluster
 def test_a_cut_is_judged_by_what_was_right_before_it(small_run: dict[str, Any], local_ray: None) -> None:
     """Not by the loss before an earlier one, which the training has meanwhile made good."""
-    small_run |= {"data": {"source": "digits"}, "model": {"kind": "lru", "n_layers": 2, "d_model": 16, "d_state": 16}}
-    small_run["train"] |= {"steps": 110, "batch_size": 40, "eval_every": 101, "checkpoint_every": 90}
+    small_run |= HURTFUL
+    small_run["train"] |= LONGER
     cut = {"target": {"dim": 4}, "steps": [2], "score": "smallest"}
     guard = {"guard": {"tolerance": 0, "patience": 1}}
     folder, summary = finished(

@@ -83,15 +83,21 @@ def test_imports_run_downwards(folder: str) -> None:
     assert wrong == []
 
 
-def test_the_mathematics_loads_without_the_cluster() -> None:
+def test_models_load_without_the_cluster_and_triton_on_demand() -> None:
     """Also through other libraries: a layer can be used where neither Ray nor DeepSpeed nor MLflow is installed."""
     modules = [module_name(path) for folder in ("compression", "models") for path in python_files(folder)]
     assert len(modules) > 10
-    code = (
-        f"import sys, {', '.join(modules)}; print(sorted({CLUSTER_LIBRARIES | {'orchestrator'}!r} & set(sys.modules)))"
-    )
+    code = f"""
+import sys
+import models.registry, models.scan.selective
+print("triton" in sys.modules)
+import {", ".join(modules)}
+print(sorted({CLUSTER_LIBRARIES | {"orchestrator"}!r} & set(sys.modules)))
+import orchestrator.generate
+print(sorted({CLUSTER_LIBRARIES!r} & set(sys.modules)))
+"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert result.stdout.split() == ["[]"]
+    assert result.stdout.split() == ["False", "[]", "[]"]
 
 
 def test_nothing_that_is_shipped_reads_a_pickle() -> None:

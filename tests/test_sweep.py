@@ -333,16 +333,14 @@ def settings({knob}):
 
 @pytest.fixture
 def one_at_a_time(tracked_run: dict[str, Any], local_ray: None) -> dict[str, Any]:
-    """A config of which this cluster holds one trial, so that trials come in the order of their points."""
-    end_crews()
+    """A config whose `request` has one trial after the other, in the order of their points."""
     tracked_run["train"] |= {"steps": 16, "eval_every": 4}
     tracked_run["truncation"] = {"target": {"dim": 4}, "steps": [3]}
-    tracked_run["cluster"]["cpus_per_worker"] = 2
     return tracked_run
 
 
 def request(path: Path, *objectives: str, pruning: Pruning = "none") -> Request:
-    return Request(str(path), None, objectives, "grid", pruning, share=True, baselines=False)
+    return Request(str(path), None, objectives, "grid", pruning, share=True, baselines=False, concurrent=1)
 
 
 @pytest.mark.cluster
@@ -403,7 +401,6 @@ def test_several_objectives_and_a_trial_that_fails(one_at_a_time: dict[str, Any]
     path = tmp_path / "far.py"
     path.write_text(SPACE.format(knob="factor", values=(1.0, 0.5, 1e30), key="truncation.lr_factor"))
     asked = replace(request(path, "val_loss", "states"), share=False)
-    assert room_for(parse_config(one_at_a_time)) == 1
     summary = tune_schedules(parse_config(one_at_a_time), asked)
     folder = Path(one_at_a_time["storage"]) / "small-far"
     found = {trial.point["factor"]: trial for trial in outcomes(folder)}

@@ -384,36 +384,11 @@ def test_reshapes_leave_no_memory_behind(stage: int, pair: Pair) -> None:
         assert max(resident[WARM_UP:]) <= 1.02 * resident[WARM_UP - 1], resident
 
 
-def peak_of_a_cut(rank: int, config: RunConfig) -> tuple[float, float]:
-    """How many MiB a cut adds to the resident memory at its peak, and how large the whole state is."""
-    from orchestrator.engine import Engine
+def peaks(rank: int, config: RunConfig) -> tuple[float, float, float, float]:
+    """MiB that a new model, without the optimizer, adds to the resident memory at its peak; the model's; and of a cut.
 
-    return_freed_memory_at_once()
-    engine = Engine(config, TASK, config.model.state_dims, Group(rank, 2, torch.device("cpu")))
-    engine.step(batch_at(1).split(2)[rank], 1)
-    before = resident_mib()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    engine.reshape(plan_to(engine, 1, 4))
-    peak = peak_mib()
-    whole = 3 * 4 * engine.parameter_count / 2**20
-    engine.close()
-    return peak - before, whole
-
-
-def test_under_zero_3_a_cut_holds_one_layer_at_a_time(pair: Pair) -> None:
-    """Beside the half of the new state that a rank keeps: a layer as it was, and what the cut changes of it.
-
-    With all layers read at once it would be 2.5 times what is allowed.
+    The last two are what a cut adds at its peak, and the whole state, of parameters and moments.
     """
-    config = config_of("mamba", cluster={"zero_stage": 3})
-    layers = 16
-    model = config.model.model_copy(update={"d_model": 384, "n_layers": layers})
-    for peak, whole in pair(peak_of_a_cut, config.model_copy(update={"model": model})):
-        assert peak <= whole / 2 + 1.5 * whole / layers
-
-
-def peak_of_a_model(rank: int, config: RunConfig) -> tuple[float, float]:
-    """How many MiB a new model adds to the resident memory at its peak, without the optimizer, and how large it is."""
     import deepspeed
 
     from orchestrator.engine import Engine
@@ -422,26 +397,36 @@ def peak_of_a_model(rank: int, config: RunConfig) -> tuple[float, float]:
     before, peaks, initialize = resident_mib(), [], deepspeed.initialize
 
     def initialize_and_tell(**arguments: Any) -> Any:
-        peaks.append(peak_mib())
+        peaks.append(peak_mib() - before)
         return initialize(**arguments)
 
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(deepspeed, "initialize", initialize_and_tell)
         engine = Engine(config, TASK, config.model.state_dims, Group(rank, 2, torch.device("cpu")))
-    whole = 4 * engine.parameter_count / 2**20
+    [of_building] = peaks
+    engine.step(batch_at(1).split(2)[rank], 1)
+    before = resident_mib()
+    Path("/proc/self/clear_refs").write_text("5")
+    model = 4 * engine.parameter_count / 2**20
+    engine.reshape(plan_to(engine, 1, 4))
+    of_the_cut = peak_mib() - before
+    state = 3 * 4 * engine.parameter_count / 2**20
     engine.close()
-    [peak] = peaks
-    return peak - before, whole
+    return of_building, model, of_the_cut, state
 
 
-def test_under_zero_3_a_model_is_built_one_layer_at_a_time(pair: Pair) -> None:
-    """As after a cut: never whole on any rank, but for the half that it keeps."""
+def test_under_zero_3_a_model_is_built_and_cut_one_layer_at_a_time(pair: Pair) -> None:
+    """Beside the half that a rank keeps: of a new model a layer, at a cut a layer as it was and what changes of it.
+
+    With all layers of a state read at once a cut would take 2.5 times what is allowed.
+    """
     config = config_of("mamba", cluster={"zero_stage": 3})
     layers = 16
-    model = config.model.model_copy(update={"d_model": 384, "n_layers": layers})
-    for peak, whole in pair(peak_of_a_model, config.model_copy(update={"model": model})):
-        assert peak <= whole / 2 + 1.5 * whole / layers
+    sizes = config.model.model_copy(update={"d_model": 384, "n_layers": layers})
+    for of_building, model, of_the_cut, state in pair(peaks, config.model_copy(update={"model": sizes})):
+        assert of_building <= model / 2 + 1.5 * model / layers
+        assert of_the_cut <= state / 2 + 1.5 * state / layers
 
 
 LEFT_BEHIND = """
