@@ -181,7 +181,7 @@ def _train_group(job: tuple[str, str, int, list[Variant]], path: Path) -> None:
     task, model, seed, variants = job
     base = {"name": "evidence", "seed": seed, "data_root": str(ROOT / "data"), **TASKS[task], "model": MODELS[model]}
     trunk = Trunk(base)
-    for variant in sorted(variants, key=lambda variant: trunk.first_probe(variant)):
+    for variant in sorted(variants, key=trunk.first_probe):
         result = trunk.branch(variant)
         _add(path, {"task": task, "model": model, "seed": seed, "variant": variant.name, **result})
         print(f"{task}, {model}, seed {seed} {variant.name}: {result}", flush=True)

@@ -40,10 +40,11 @@ from orchestrator.ray_cluster import ray_cluster
 from orchestrator.signals import StopRequest, stop_request
 from orchestrator.storage import hold_folder
 from orchestrator.terminal import Terminal, chatter_to, duration
-from orchestrator.trunk import NAME, branch, untruncated
+from orchestrator.trunk import TRUNK, branch, untruncated
 
 # The learning rate after pruning begins at this share of its peak, or higher where the schedule still is.
 FINE_TUNED_AT = 0.1
+FULL = "full"  # the run that others begin with, or learn from
 FROM_SCRATCH = ("scratch", "distill")
 PENALTIES = {"hsv_regularized": "hankel", "nuclear_regularized": "nuclear"}
 
@@ -103,7 +104,7 @@ def compare(config: RunConfig, request: Request) -> list[Row]:
         stack.enter_context(ray_cluster(config))
         remember_request(folder, base, asked)
         tracker = stack.enter_context(parent_run(config, folder, terminal.line))
-        crew = stack.enter_context(Crew(config.cluster, folder / "ray_train", folder / "logs" / "ray.log"))
+        crew = stack.enter_context(Crew(config.cluster, folder / "ray_train"))
         team = _Team(crew, stop, tracker, task, terminal)
         sizes = len(request.tolerances) or 1
         total = request.seeds * (1 + sizes * (1 + len(_opponents(request))))
@@ -163,9 +164,9 @@ def check(config: RunConfig, request: Request) -> None:
         for method in _opponents(request):
             place = Place(method, size, config.seed)
             try:
-                _opponent(place, cut, config, config.model.state_dims, request)
+                _opponent(place, cut, config.model.state_dims, request)
             except UserError as error:
-                raise UserError(f"--methods {method}: {error}") from error
+                raise UserError(f"--methods must leave out {method}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -186,8 +187,7 @@ class _Team:
 
 def _train_all(base: RunConfig, request: Request, team: _Team) -> Iterator[Row]:
     """The rows of one seed, whose runs lie in `base.storage`."""
-    full, before = untruncated(base, "full"), base.uncut_steps
-    whole = _tried(Place("full", "", base.seed), full, full, before, team)
+    whole = _tried(Place("full", "", base.seed), untruncated(base, FULL), base, team)
     yield whole
     for size, truncated in _sizes(base, request):
         if whole.error is not None:
@@ -195,15 +195,14 @@ def _train_all(base: RunConfig, request: Request, team: _Team) -> Iterator[Row]:
                 yield Row.failed(method, size, base.seed, "full size, which it is compared with, has failed")
             continue
         cut = truncated.model_copy(update={"name": Place("hankel", size, base.seed).name})
-        reached = _tried(Place("hankel", size, base.seed), cut, full, before, team)
+        reached = _tried(Place("hankel", size, base.seed), cut, base, team)
         yield reached
         for method in _opponents(request):
             opponent = Place(method, size, base.seed)
             if reached.error is not None:
                 yield Row.failed(method, size, base.seed, "truncation, whose dimensions it is to have, has failed")
                 continue
-            config = _opponent(opponent, cut, full, reached.final_dims, request)
-            row = _tried(opponent, config, full, before, team)
+            row = _tried(opponent, _opponent(opponent, cut, reached.final_dims, request), base, team)
             teaching = whole.train_seconds if method == "distill" else 0.0
             yield replace(row, train_seconds=row.train_seconds + teaching)
 
@@ -222,7 +221,7 @@ def _opponents(request: Request) -> list[str]:
     return [method for method in METHODS if method in request.methods and method not in ("full", "hankel")]
 
 
-def _opponent(place: Place, cut: RunConfig, full: RunConfig, reached: Sequence[int], request: Request) -> RunConfig:
+def _opponent(place: Place, cut: RunConfig, reached: Sequence[int], request: Request) -> RunConfig:
     """The run of one method, which ends at the size that truncation has reached.
 
     Raises:
@@ -235,7 +234,7 @@ def _opponent(place: Place, cut: RunConfig, full: RunConfig, reached: Sequence[i
         case "scratch":
             return parse_config(raw | small)
         case "distill":
-            lesson = {"distill": {"teacher": str(full.storage / full.name)}}
+            lesson = {"distill": {"teacher": str(cut.storage / FULL)}}
             return parse_config(raw | small | {"train": train | lesson})
         case "random" | "smallest":
             drawn = {"target": target, "score": place.method}
@@ -245,14 +244,15 @@ def _opponent(place: Place, cut: RunConfig, full: RunConfig, reached: Sequence[i
             # rate may have come down to nothing by then.
             longer = cut.train.model_copy(update={"steps": steps + 1 + max(1, round(request.fine_tune * steps))})
             faster = max(1.0, FINE_TUNED_AT * longer.lr / longer.learning_rate(steps + 1))
-            pruning = {"score": "magnitude", "compensate": False, "steps": [steps + 1], "lr_factor": faster}
-            truncation = pruning | {"target": _own(cut, reached, "global")}
-            return parse_config(raw | {"train": longer.model_dump(mode="json"), "truncation": truncation})
+            pruning = {"score": "magnitude", "compensate": False, "lr_factor": faster}
+            pruning |= {"target": _own(cut, reached, "global"), "steps": [steps + 1], "window": None}
+            longer_raw = {"train": longer.model_dump(mode="json"), "truncation": raw["truncation"] | pruning}
+            return parse_config(raw | longer_raw)
         case _:
             penalty = {"regularize": {"weight": request.penalty, "form": PENALTIES[place.method]}}
             # As published: the same share of every layer's spectrum.
-            truncation = {"target": _own(cut, reached, "layer"), "steps": [steps]}
-            return parse_config(raw | {"train": train | penalty, "truncation": truncation})
+            last = {"target": _own(cut, reached, "layer"), "steps": [steps], "window": None}
+            return parse_config(raw | {"train": train | penalty, "truncation": raw["truncation"] | last})
 
 
 def _own(cut: RunConfig, reached: Sequence[int], allocation: Literal["layer", "global"]) -> dict[str, Any]:
@@ -268,22 +268,24 @@ def _own(cut: RunConfig, reached: Sequence[int], allocation: Literal["layer", "g
     return {"budget": {"states": sum(reached)}, "allocation": allocation}
 
 
-def _tried(place: Place, config: RunConfig, full: RunConfig, before: int, team: _Team) -> Row:
+def _tried(place: Place, config: RunConfig, base: RunConfig, team: _Team) -> Row:
     """As `_train`, or what went wrong."""
     try:
-        return _train(place, config, full, before, team)
+        return _train(place, config, base, team)
     except TrainingError as error:
         return Row.failed(place.method, place.size, place.seed, str(error))
 
 
-def _train(place: Place, config: RunConfig, full: RunConfig, before: int, team: _Team) -> Row:
-    """Train a run, with what it has in common with others trained once; `before` is the step before the first probe."""
-    shared = untruncated(full, NAME)
+def _train(place: Place, config: RunConfig, base: RunConfig, team: _Team) -> Row:
+    """Train a run, with what it has in common with others of `base` up to its first probe trained once."""
     if place.method == "magnitude":
-        shared, before = full, full.train.steps
+        shared = untruncated(base, FULL)
     elif place.method in PENALTIES:
-        shared, before = untruncated(config, f"{place.method}-full"), full.train.steps - 1
+        shared = untruncated(config, f"{place.method}-{FULL}")
+    else:
+        shared = untruncated(base, TRUNK)
     if place.method not in FROM_SCRATCH:
+        before = (config if config.truncation is not None else base).uncut_steps
         branch(config, shared, before, team.lent(Place(shared.name, "", place.seed)))
     summary = launch.train(config, team.lent(place))
     with torch.device("meta"):

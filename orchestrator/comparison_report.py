@@ -23,14 +23,14 @@ from orchestrator.terminal import count, dims
 COMPARISON, PAGE = "comparison.parquet", "comparison.md"
 METHODS = {
     "full": "full size to the end",
-    "hankel": "truncated in mid-training, as the config says",
+    "hankel": "truncated while it trains, as the config says",
     "scratch": "trained at the reached dimensions from the first step",
     "random": "truncated at the same probes in equal ratios, to states drawn at random",
     "smallest": "truncated at the same probes in equal ratios, to what has the smallest Hankel singular values",
     "magnitude": "trained at full size, then pruned by the magnitude of weights and fine-tuned",
     "distill": "the reached dimensions from the first step, taught by the full-size model",
     "hsv_regularized": "trained with a penalty on Hankel singular values, truncated at the end without more training",
-    "nuclear_regularized": "the same with dense Lyapunov solves, as it used to be",
+    "nuclear_regularized": "the same with dense Lyapunov solves, which make no use of what an LRU is",
 }
 MARKERS = "osD^vP*Xh"
 MEANINGS = (

@@ -56,7 +56,7 @@ class RegularizeConfig(Part):
 
     weight: float = Field(gt=0, description="Of the sum of all layers' Hankel singular values in the loss.")
     form: Literal["hankel", "nuclear"] = Field(
-        "hankel", description="How the sum is computed: in closed form, or by dense Lyapunov solves as it used to be."
+        "hankel", description="How the sum is computed: in closed form, or by dense Lyapunov solves as for any system."
     )
 
 

@@ -16,6 +16,7 @@ RESUMABLE = (
     "cluster",
     "tracking",
     "checkpoints",
+    "train.distill.teacher",  # a folder, which may have moved
     "train.accumulation",
     "train.activation_checkpointing",
     "train.eval_every",

@@ -82,8 +82,8 @@ class Foreman(Coordinator):
 class Crew:
     """Workers of one cluster config, who start with the first job."""
 
-    def __init__(self, cluster: ClusterConfig, folder: Path, log: Path) -> None:
-        """`folder` is Ray Train's, and `log` is where the workers' output goes."""
+    def __init__(self, cluster: ClusterConfig, folder: Path, log: Path | None = None) -> None:
+        """`folder` is Ray Train's, and `log` is where the workers' output goes: by default to that of each run."""
         self.cluster = cluster
         self.log = log
         self._folder = folder
@@ -150,7 +150,7 @@ class Crew:
                     where = f"stopped after step {follower.step}, when there were no workers"
                     raise Interrupted(f"{where}; the same command continues from the last checkpoint", stop.signal)
             if ended:
-                self._explain(follower, terminal, left)
+                self._explain(follower, terminal, left, self.log or job.folder / "logs" / "ray.log")
                 left -= 1
         self._reserve(follower.reservation)
         self._at_work = follower.stopped is None
@@ -166,7 +166,7 @@ class Crew:
             f"{needs}, and the cluster has {has}; waiting"
         )
 
-    def _explain(self, follower: Follower, terminal: Terminal, left: int) -> None:
+    def _explain(self, follower: Follower, terminal: Terminal, left: int, log: Path) -> None:
         """The workers have ended before the job: say why, or raise it."""
         fit, self._fit = self._fit, None
         assert fit is not None
@@ -175,7 +175,7 @@ class Crew:
         except ray.train.TrainingFailedError as error:
             follower.stop()  # what the workers told before they failed belongs to the message
             raise TrainingError(
-                f"training failed after step {follower.step}: {_cause(error)}; details in {self.log}"
+                f"training failed after step {follower.step}: {_cause(error)}; details in {log}"
             ) from error
         except RayActorError as error:
             if left == 0:

@@ -98,7 +98,7 @@ def train(config: RunConfig, lent: Lent | None = None) -> dict[str, Any]:
         terminal.line(f"run {folder.name}: {config.model.kind}, {size}")
         if lent is None:
             terminal.line("starting (the first run on a machine compiles its kernels, about a minute)")
-            crew = stack.enter_context(Crew(config.cluster, folder / "ray_train", folder / "logs" / "ray.log"))
+            crew = stack.enter_context(Crew(config.cluster, folder / "ray_train"))
         else:
             crew = lent.crew
         tracker = stack.enter_context(tracking(config, folder, terminal.line, *belongs))

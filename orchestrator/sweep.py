@@ -101,8 +101,9 @@ def tune_schedules(config: RunConfig, request: Request) -> dict[str, Any]:
     folder = config.storage / f"{config.name}-{space.name}"
     with hold_folder(folder), ExitStack() as stack:
         base = below(config, folder)
-        # Baselines may be asked for later, and the cluster may be another; a space's file may have been edited.
+        # Baselines may be asked for later, the cluster may be another; a space is what its file says, not its path.
         asked = asdict(request) | {"baselines": None, "concurrent": None, "knobs": space.contents()}
+        del asked["space"]
         if request.pruning != "none":  # which would be at other steps
             asked["train.eval_every"] = base.train.eval_every
         refuse_another_request(folder, base, asked)
@@ -383,8 +384,7 @@ def _baselines(sweep: Sweep, best: Outcome, terminal: Terminal) -> dict[str, dic
     raw = small.model_dump(mode="json")
     scratch = parse_config(raw | {"model": raw["model"] | {"d_state": best.final_dims}})
     summaries = {}
-    log = base.storage / "logs" / "ray.log"
-    with stop_request() as stop, Crew(base.cluster, workers_of(base.storage), log) as crew:
+    with stop_request() as stop, Crew(base.cluster, workers_of(base.storage)) as crew:
         for config, what in ((full, "full size"), (scratch, f"{dims(best.final_dims)} from scratch")):
             terminal.line(f"baseline: {what}")
             nesting = Nesting(sweep.parent_run_id, {"trial": config.name})

@@ -25,7 +25,7 @@ from orchestrator.page import write_page
 from orchestrator.run_folder import Json, metrics_so_far, read_json, write_whole
 from orchestrator.space import Space, optuna_space
 from orchestrator.trial import AGAIN, OUTCOME, POINT, final, measured, status_of
-from orchestrator.trunk import NAME
+from orchestrator.trunk import TRUNK
 
 SUMMARY = "sweep.json"
 FEWEST = 4  # trials from which importances say anything
@@ -69,7 +69,7 @@ class Outcome:
     """After which it begins; 0 where it shares nothing."""
     last_step: int
     final_dims: list[int]
-    trunk: str = NAME
+    trunk: str = TRUNK
     """What it begins with, if `trunk_step` is more than 0."""
 
     def row(self) -> Json:
@@ -249,7 +249,7 @@ def _outcome(trial: Path) -> Outcome:
     status, error = status_of(trial)
     point = _begun(trial)["point"]
     branch = json.loads((trial / "branch.json").read_text()) if (trial / "branch.json").exists() else {}
-    trunk, trunk_step = str(branch.get("trunk", NAME)), int(branch.get("step", 0))
+    trunk, trunk_step = str(branch.get("trunk", TRUNK)), int(branch.get("step", 0))
     rows = metrics_so_far(trial)
     last_step = max((row["step"] for row in rows if "train_loss" in row), default=trunk_step)
     if status == "finished":

@@ -25,7 +25,7 @@ from orchestrator.signals import StopRequest
 from orchestrator.space import Point, Space
 from orchestrator.storage import checkpoints_of
 
-NAME = "trunk"
+TRUNK = "trunk"
 # Where first cuts are many or not known beforehand, a trial begins at most this share of the training before its own.
 SPACING = 0.01
 # Of the training, what a trunk that dies loses at most.
@@ -40,7 +40,7 @@ def untruncated(config: RunConfig, name: str) -> RunConfig:
 
 def trunk_config(trial: RunConfig) -> RunConfig:
     """The full-size run of a trial, which keeps all its checkpoints: any of them may be another trial's beginning."""
-    trunk, steps = untruncated(trial, NAME), trial.train.steps
+    trunk, steps = untruncated(trial, TRUNK), trial.train.steps
     every = min(trial.train.checkpoint_every, max(1, int(LOSS * steps)))
     train = trunk.train.model_copy(update={"checkpoint_every": every})
     checkpoints = trunk.checkpoints.model_copy(update={"keep_last": steps, "keep_best": 0})
@@ -90,9 +90,9 @@ def shared_trunks(
     for number, trials in enumerate(groups.values()):
         if one_for_all or len(trials) > 1:
             run = trunk_config(trials[0])
-            run = run if one_for_all else run.model_copy(update={"name": f"{NAME}-{number}"})
+            run = run if one_for_all else run.model_copy(update={"name": f"{TRUNK}-{number}"})
             starts = frozenset(trial.uncut_steps for trial in trials if points)
-            trunks.append(Trunk(run, saved_after(starts, base.train.steps), max(starts | later, default=0)))
+            trunks.append(Trunk(run, saved_after(starts, run.train.steps), max(starts | later, default=0)))
     return tuple(trunks)
 
 

@@ -55,7 +55,7 @@ def crew_of(cluster: ClusterConfig) -> Crew:
         while len(_crews) > 1:
             _crews.pop(next(iter(_crews))).close()
         folder = Path(tempfile.mkdtemp(prefix="crew"))
-        crew = Crew(cluster, folder, folder / "ray.log")
+        crew = Crew(cluster, folder)
     _crews[key] = crew  # last: it is the one that was used last
     return crew
 
@@ -63,7 +63,7 @@ def crew_of(cluster: ClusterConfig) -> Crew:
 def lend_crews(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
     """For a test, have these modules work with the crews of `train` instead of starting and ending their own."""
     for module in modules:
-        monkeypatch.setattr(f"{module}.Crew", lambda cluster, folder, log: nullcontext(crew_of(cluster)))
+        monkeypatch.setattr(f"{module}.Crew", lambda cluster, folder: nullcontext(crew_of(cluster)))
 
 
 def end_crews() -> None:

@@ -25,7 +25,6 @@ from orchestrator.config import DistillConfig, RegularizeConfig, RunConfig
 from orchestrator.config_reading import parse_config
 from orchestrator.errors import TrainingError, UserError
 from orchestrator.run_folder import read_metrics
-from orchestrator.trunk import untruncated
 from tests.runs import end_crews, family, lend_crews, losses, start, wait_while_running
 
 SMALLER = [method for method in METHODS if method != "full"]
@@ -38,6 +37,7 @@ def digits(tracked_run: dict[str, Any]) -> dict[str, Any]:
     tracked_run["model"] = {"kind": "lru", "n_layers": 2, "d_model": 8, "d_state": 16}
     tracked_run["train"] |= {"steps": 20, "eval_every": 20, "batch_size": 10}
     tracked_run["truncation"] = {"target": {"tolerance": 0.2}, "steps": [4]}
+    tracked_run["cluster"]["workers"] = 1
     return tracked_run
 
 
@@ -195,7 +195,7 @@ def test_what_is_cut_at_its_end_shares_its_states_out_only_where_spectra_did(
     digits["truncation"]["target"] = target
     config = parse_config(digits)
     request = Request((method,), 1, (), 0.1, 1e-5)
-    small = _opponent(Place(method, "", 0), config, untruncated(config, "full"), [5, 4], request)
+    small = _opponent(Place(method, "", 0), config, [5, 4], request)
     assert small.truncation is not None
     by = {"allocation": allocation} if "budget" in given else {}
     assert small.truncation.target == Target.model_validate(given | by)
@@ -207,7 +207,7 @@ def test_methods_differ_in_nothing_but_what_they_are(digits: dict[str, Any], met
     digits["train"]["min_lr_factor"] = 0.0
     config = parse_config(digits)
     request = Request((method,), 1, (), fine_tune=0.2, penalty=1e-5)
-    opponent = _opponent(Place(method, "", 0), config, untruncated(config, "full"), [5, 4], request)
+    opponent = _opponent(Place(method, "", 0), config, [5, 4], request)
     assert (opponent.seed, opponent.data) == (config.seed, config.data)
     own = {"distill", "regularize"} | ({"steps"} if method == "magnitude" else set())
     assert opponent.train.model_dump(exclude=own) == config.train.model_dump(exclude=own)
@@ -254,10 +254,10 @@ def test_every_seed_is_trained_with_its_own_number_and_compared_with_its_own_run
     config = parse_config(digits)
     trained: list[tuple[str, int]] = []
 
-    def train(place: Place, run: RunConfig, full: RunConfig, before: int, team: Any) -> Row:
+    def train(place: Place, run: RunConfig, base: RunConfig, team: Any) -> Row:
         trained.append((place.name, run.seed))
-        assert full.seed == run.seed == place.seed
-        assert run.storage == full.storage
+        assert base.seed == run.seed == place.seed
+        assert run.storage == base.storage
         if place == Place("hankel", "", 4):
             raise TrainingError("diverged")
         return replace(
@@ -439,7 +439,7 @@ def test_what_a_method_cannot_train_is_refused_before_the_first(tracked_run: dic
     request = Request(("magnitude",), 1, (), 0.1, 1e-5)
     check(parse_config(tracked_run), request)
     tracked_run["model"]["basis"] = "rotated"
-    with pytest.raises(UserError, match=r"^--methods magnitude: "):
+    with pytest.raises(UserError, match=r"^--methods must leave out magnitude: "):
         check(parse_config(tracked_run), request)
 
 
@@ -480,5 +480,7 @@ def test_all_methods_have_the_same_steps(digits: dict[str, Any], factor: dict[st
 
 def test_a_penalty_needs_linear_layers(small_run: dict[str, Any]) -> None:
     request = Request(("hsv_regularized",), 1, (), 0.1, 1e-5)
-    with pytest.raises(UserError, match=r"^--methods hsv_regularized: train\.regularize needs the linear layers"):
+    with pytest.raises(
+        UserError, match=r"^--methods must leave out hsv_regularized: train\.regularize needs the linear layers"
+    ):
         check(parse_config(small_run), request)

@@ -15,7 +15,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from models.lru import LRUConfig
 from orchestrator.cli import main
-from orchestrator.config_changes import refuse_other_run
+from orchestrator.config import RunConfig
+from orchestrator.config_changes import differences, refuse_other_run
 from orchestrator.config_reading import load_config, parse_config
 from orchestrator.data.sources import SOURCES
 from orchestrator.errors import UserError
@@ -282,6 +283,18 @@ def test_resuming_refuses_what_would_make_it_another_run(
     else:
         with pytest.raises(UserError, match=re.escape(change.split("=")[0])):
             refuse_other_run(changed, saved.model_dump(mode="json"))
+
+
+def test_a_teacher_may_have_moved_but_is_not_left_out(small_run: dict[str, Any], tmp_path: Path) -> None:
+    def taught(**lesson: Any) -> RunConfig:
+        return parse_config(small_run | {"train": small_run["train"] | {"distill": lesson}})
+
+    saved = taught(teacher=str(tmp_path / "full")).model_dump(mode="json")
+    assert differences(taught(teacher=str(tmp_path / "moved" / "full")), saved) == []
+    assert differences(taught(teacher=str(tmp_path / "full"), alpha=0.1), saved) == [
+        "train.distill.alpha (was 0.5, is 0.1)"
+    ]
+    assert differences(parse_config(small_run), saved) != []
 
 
 @pytest.mark.parametrize(("warmup", "floor"), [(0.1, 0.0), (0.25, 0.1), (0.0, 0.5), (0.0, 1.0)])

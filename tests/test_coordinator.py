@@ -201,7 +201,7 @@ def test_answers_do_not_pile_up_and_the_last_one_stays_for_late_readers() -> Non
 
 
 def test_a_thousand_workers_may_wait_at_once(local_ray: None, tmp_path: Path) -> None:
-    crew = Crew(ClusterConfig(workers=1100), tmp_path, tmp_path / "ray.log")  # type: ignore[arg-type]
+    crew = Crew(ClusterConfig(workers=1100), tmp_path)  # type: ignore[arg-type]
     waiting = [crew.foreman.next_job.remote(0, 0) for _ in range(1100)]
     ray.get(crew.foreman.dismiss.remote(), timeout=60)
     assert ray.get(waiting, timeout=60) == [(0, None)] * 1100
@@ -351,9 +351,13 @@ def test_any_number_of_workers_makes_the_same_plan(
         torch.testing.assert_close(torch.tensor(layer.spectrum), torch.tensor(expected.spectrum), rtol=1e-9, atol=1e-12)
 
 
-def test_the_benchmark_of_coordination_runs_and_counts(local_ray: None) -> None:
+@pytest.mark.long
+def test_the_benchmark_of_coordination_runs(local_ray: None) -> None:
     timing = measure(mamba(2, 4, 6), workers=2)
     assert timing.ms > timing.solving_ms > 0
+
+
+def test_the_benchmark_of_coordination_counts() -> None:
     kinds = (mamba, axis, rotated, lru)
     single, sent = ({kind(n, 4, 6).name: messages(kind(n, 4, 6)) for kind in kinds} for n in (1, 3))
     for name, part in sent.items():

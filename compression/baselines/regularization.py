@@ -40,8 +40,9 @@ def dense_nuclear_norm(system: LTISystem) -> Tensor:
     """The sum of the HSVs as the roots of the eigenvalues of P Q, float64, with gradients through dense matrices.
 
     Neither the diagonal form of A nor that of the Gramians is used: both Lyapunov equations are solved densely and
-    differentiated, as is the eigenvalue decomposition. It is what regularising the Hankel nuclear norm was before the
-    structure was put to use, and the cost that is quoted against it (CompreSSM, arXiv 2510.02823, section 4).
+    differentiated, as is the eigenvalue decomposition. That is the cost which is quoted against regularising the Hankel
+    nuclear norm (CompreSSM, arXiv 2510.02823, section 4); code published for LRUs (Forgione, Mejari, Piga, arXiv
+    2403.14833) has the closed forms of the Gramians and penalises the mean.
 
     Raises:
         ValueError: the system is not finite or not stable.
