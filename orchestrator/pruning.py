@@ -16,8 +16,18 @@ from ray.tune.schedulers import FIFOScheduler, MedianStoppingRule, TrialSchedule
 from orchestrator.config import RunConfig
 from orchestrator.run_folder import Json, write_whole
 from orchestrator.space import Point, Space
-from orchestrator.sweep_report import measurements, measurements_of_ended, trials_of
-from orchestrator.trial import FOLDER, OBJECTIVES, OUTCOME, POINT, PROMOTED, PRUNED, Sweep, status_of
+from orchestrator.trial import FOLDER, Sweep
+from orchestrator.trial_folder import (
+    OBJECTIVES,
+    OUTCOME,
+    POINT,
+    PROMOTED,
+    PRUNED,
+    measurements,
+    measurements_of_ended,
+    status_of,
+    trials_of,
+)
 
 Pruning = Literal["none", "asha", "median"]
 # A trial is first judged after this share of the training. Under ASHA one of so many goes on.
@@ -90,13 +100,13 @@ class MedianRule(MedianStoppingRule):  # type: ignore[misc]
 
     def __init__(self, sweep: Path, grace: int, steps: int, **which: Any) -> None:
         super().__init__(grace_period=grace, **which)
-        self._sweep, self._grace, self._steps = sweep, grace, steps
+        self._sweep, self._steps = sweep, steps
         ended = measurements_of_ended(sweep, which["metric"])
         judged = {name: self._after_the_cuts(rows) for name, rows in ended.items()}
         self._results |= {name: rows for name, rows in judged.items() if rows}
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if result["step"] < self._grace:
+        if result["step"] < self._grace_period:
             return str(self.CONTINUE)  # Ray Tune would count it, and what was not cut yet looks best
         if trial not in self._results:
             rows = measurements(self._sweep / result[FOLDER], self._metric)
@@ -106,4 +116,4 @@ class MedianRule(MedianStoppingRule):  # type: ignore[misc]
         return self.CONTINUE if ends or decision == self.PAUSE else decision
 
     def _after_the_cuts(self, rows: Sequence[Json]) -> list[Json]:
-        return [row for row in rows if row["step"] >= self._grace]
+        return [row for row in rows if row["step"] >= self._grace_period]

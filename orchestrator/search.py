@@ -12,8 +12,8 @@ from ray.tune.search.optuna import OptunaSearch
 
 from orchestrator.pruning import at_rung, promote
 from orchestrator.space import Point, optuna_space
-from orchestrator.sweep_report import Outcome
-from orchestrator.trial import AGAIN, FOLDER, OBJECTIVES, STOPPING, Sweep
+from orchestrator.trial import FOLDER, STOPPING, Sweep
+from orchestrator.trial_folder import AGAIN, OBJECTIVES, Outcome
 
 
 class Search(OptunaSearch):  # type: ignore[misc]

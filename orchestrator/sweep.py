@@ -39,31 +39,23 @@ from orchestrator.search import searcher
 from orchestrator.signals import stop_request
 from orchestrator.space import Point, Space, load_space
 from orchestrator.storage import hold_folder
-from orchestrator.sweep_report import (
-    COLUMNS,
+from orchestrator.sweep_report import COLUMNS, write_sweep_report
+from orchestrator.terminal import Terminal, chatter_to, dims, duration
+from orchestrator.tracking import hand_over
+from orchestrator.trial import FOLDER, POLL_S, STOPPING, Sweep, Trial, workers_of
+from orchestrator.trial_folder import (
+    AGAIN,
+    OBJECTIVES,
+    OUTCOME,
+    PRUNED,
     Outcome,
     best_of,
     best_so_far,
+    conclude,
     left_open,
     outcomes,
-    statuses,
-    write_sweep_report,
-)
-from orchestrator.terminal import Terminal, chatter_to, dims, duration
-from orchestrator.tracking import hand_over
-from orchestrator.trial import (
-    AGAIN,
-    FOLDER,
-    OBJECTIVES,
-    OUTCOME,
-    POLL_S,
-    PRUNED,
-    STOPPING,
-    Sweep,
-    Trial,
-    conclude,
     status_of,
-    workers_of,
+    statuses,
 )
 from orchestrator.trunk import shared_trunks, untruncated
 
@@ -131,11 +123,10 @@ def tune_schedules(config: RunConfig, request: Request) -> dict[str, Any]:
         found = outcomes(folder)
         if not any(outcome.status == "finished" for outcome in found):
             raise TrainingError(f"no trial of {folder} came to its end; each one's error is in its {OUTCOME}")
-        objectives = {name: OBJECTIVES[name] for name in request.objectives}
-        best = best_of(found, *next(iter(objectives.items())))
+        best = best_of(found, request.objectives[0])
         write_whole(folder / "best.yaml", _best_config(config, folder, best).to_yaml())
         baselines = _baselines(sweep, best, terminal) if request.baselines else {}
-        summary = write_sweep_report(folder, objectives, space, config.train.steps, baselines)
+        summary = write_sweep_report(folder, request.objectives, space, config.train.steps, baselines)
         if tracker is not None:
             for name in ("sweep.json", "trials.parquet", "best.yaml", "report.html"):
                 tracker.artifact(folder / name)
@@ -171,8 +162,7 @@ def check(config: RunConfig, request: Request) -> tuple[Space, list[Point]]:
         raise UserError(f"--pruning {request.pruning} needs val_loss or val_accuracy, not {request.objectives[0]}")
     if request.search == "grid" and request.samples is not None:
         raise UserError("--samples is for random and tpe: a grid has as many trials as it has points")
-    if request.search != "grid" and request.samples is None:
-        raise UserError(f"--search {request.search} needs --samples, how many trials to make")
+    assert request.search == "grid" or request.samples is not None, "the command fills them in"
     if request.samples is not None and request.samples < 1:
         raise UserError(f"--samples {request.samples} must be 1 or more")
     if request.concurrent is not None and request.concurrent < 1:
@@ -342,7 +332,7 @@ def _shown(sweep: Sweep, total: int, objective: str, terminal: Terminal) -> Iter
             parts = [
                 f"{found[status]} {status}" for status in ("finished", "pruned", "failed", "running") if found[status]
             ]
-            best = best_so_far(folder, objective, OBJECTIVES[objective])
+            best = best_so_far(folder, objective)
             parts += [f"best {objective} {best[1]:.4g} ({best[0]})"] if best else []
             if done > before:
                 each = (time.monotonic() - started) / (done - before)

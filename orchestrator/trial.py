@@ -26,19 +26,14 @@ from orchestrator.mlflow_tracker import Nesting
 from orchestrator.run_folder import metrics_so_far, write_whole
 from orchestrator.signals import StopRequest
 from orchestrator.space import Space
+from orchestrator.trial_folder import AGAIN, OUTCOME, POINT, PROMOTED, PRUNED, conclude, final, measured, status_of
 from orchestrator.trunk import Trunk, branch
 
-# In a trial's folder: where it was tried, how its process has ended it, and that the sweep's pruning has, or has had it
-# go on to its end.
-POINT, OUTCOME, PRUNED, PROMOTED = "point.json", "outcome.json", "pruned", "promoted"
 # In the sweep's: that a signal wants its trials to save and end.
 STOPPING = "stopping"
 # In what Ray Tune is told: the name of the trial's folder.
 FOLDER = "folder"
 POLL_S = 1.0
-# What a sweep that is continued trains (again): a trial that its end has interrupted, and one that has failed.
-AGAIN = ("running", "failed")
-OBJECTIVES = {"val_loss": "min", "val_accuracy": "max", "states": "min", "train_seconds": "min"}
 
 
 @dataclass(frozen=True)
@@ -73,11 +68,6 @@ class Progress:
     def artifact(self, path: Path, folder: str = "") -> None: ...
 
     def close(self, status: str) -> None: ...
-
-
-def measured(metrics: Mapping[str, float]) -> dict[str, float]:
-    """What can be an objective, of an evaluation's metrics."""
-    return {key: value for key, value in metrics.items() if key in OBJECTIVES}
 
 
 class Trial(tune.Trainable):  # type: ignore[misc]
@@ -178,31 +168,6 @@ def _trial_folder(sweep: Sweep, trial_id: str, point: Mapping[str, Any]) -> Path
     return folder
 
 
-def status_of(folder: Path) -> tuple[str, str | None]:
-    """How a trial has ended, finished, pruned or failed, or that it is running; and its error, where it has one.
-
-    One that was stopped with its sweep goes on with it; one that has finished before it heard that it was pruned has.
-    """
-    found: dict[str, Any] = {"status": "running", "error": None}
-    with suppress(FileNotFoundError):
-        found = json.loads((folder / OUTCOME).read_text())
-    if found["status"] != "finished" and (folder / PRUNED).exists():
-        return "pruned", None
-    return "running" if found["status"] == "stopped" else found["status"], found["error"]
-
-
 def workers_of(sweep: Path) -> Path:
     """Where a sweep's crews leave what Ray Train writes."""
     return sweep / "ray_train"
-
-
-def conclude(folder: Path, status: str, error: str | None = None) -> None:
-    """Leave in a trial's folder how it has ended: finished, failed or stopped."""
-    write_whole(folder / OUTCOME, json.dumps({"status": status, "error": error}) + "\n")
-
-
-def final(summary: Mapping[str, Any]) -> dict[str, float]:
-    """The objectives of a run that has ended."""
-    found = {"val_loss": summary["val_loss_final"], "val_accuracy": summary["val_accuracy_final"]}
-    found |= {"states": sum(summary["final_dims"]), "train_seconds": summary["train_seconds"]}
-    return {key: value for key, value in found.items() if value is not None}

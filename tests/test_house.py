@@ -83,7 +83,7 @@ def test_imports_run_downwards(folder: str) -> None:
     assert wrong == []
 
 
-def test_models_load_without_the_cluster_and_triton_on_demand() -> None:
+def test_models_and_pages_load_without_the_cluster_and_triton_on_demand() -> None:
     """Also through other libraries: a layer can be used where neither Ray nor DeepSpeed nor MLflow is installed."""
     modules = [module_name(path) for folder in ("compression", "models") for path in python_files(folder)]
     assert len(modules) > 10
@@ -93,7 +93,7 @@ import models.registry, models.scan.selective
 print("triton" in sys.modules)
 import {", ".join(modules)}
 print(sorted({CLUSTER_LIBRARIES | {"orchestrator"}!r} & set(sys.modules)))
-import orchestrator.generate
+import orchestrator.generate, orchestrator.report, orchestrator.sweep_report, orchestrator.comparison_report
 print(sorted({CLUSTER_LIBRARIES!r} & set(sys.modules)))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -20,8 +20,8 @@ from orchestrator.pruning import REDUCTION, MedianRule, at_rung, first_judged, p
 from orchestrator.search import searcher
 from orchestrator.space import load_space, names
 from orchestrator.sweep import _Judgement
-from orchestrator.sweep_report import outcomes, statuses
-from orchestrator.trial import AGAIN, Sweep, _trial_folder, conclude, status_of
+from orchestrator.trial import Sweep, _trial_folder
+from orchestrator.trial_folder import AGAIN, conclude, outcomes, status_of, statuses
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 STEPS, RUNG = 200, 100

@@ -140,7 +140,6 @@ def test_trials_that_are_evaluated_at_different_steps_cannot_be_judged(base: Run
     [
         ({"space": "tming"}, "space 'tming' must be one of after, .*timing, .*or the path"),
         ({"samples": 0}, "--samples 0 must be 1 or more"),
-        ({"samples": None}, "--search random needs --samples"),
         ({"concurrent": 0}, "--concurrent 0 must be 1 or more"),
         ({"search": "grid"}, "--samples is for random and tpe"),
         ({"objectives": ("loss",)}, "--objective loss must be one of val_loss"),
