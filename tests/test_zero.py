@@ -384,16 +384,19 @@ def test_reshapes_leave_no_memory_behind(stage: int, pair: Pair) -> None:
         assert max(resident[WARM_UP:]) <= 1.02 * resident[WARM_UP - 1], resident
 
 
-def peaks(rank: int, config: RunConfig) -> tuple[float, float, float, float]:
+def peaks(rank: int, small: RunConfig, config: RunConfig) -> tuple[float, float, float, float]:
     """MiB that a new model, without the optimizer, adds to the resident memory at its peak; the model's; and of a cut.
 
-    The last two are what a cut adds at its peak, and the whole state, of parameters and moments.
+    The last two are what a cut adds at its peak, and the whole state, of parameters and moments. A `small` model fills
+    the libraries' pools before.
     """
     import deepspeed
 
     from orchestrator.engine import Engine
 
+    group = Group(rank, 2, torch.device("cpu"))
     return_freed_memory_at_once()
+    Engine(small, TASK, small.model.state_dims, group).close()
     before, peaks, initialize = resident_mib(), [], deepspeed.initialize
 
     def initialize_and_tell(**arguments: Any) -> Any:
@@ -403,7 +406,7 @@ def peaks(rank: int, config: RunConfig) -> tuple[float, float, float, float]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(deepspeed, "initialize", initialize_and_tell)
-        engine = Engine(config, TASK, config.model.state_dims, Group(rank, 2, torch.device("cpu")))
+        engine = Engine(config, TASK, config.model.state_dims, group)
     [of_building] = peaks
     engine.step(batch_at(1).split(2)[rank], 1)
     before = resident_mib()
@@ -424,7 +427,7 @@ def test_under_zero_3_a_model_is_built_and_cut_one_layer_at_a_time(pair: Pair) -
     config = config_of("mamba", cluster={"zero_stage": 3})
     layers = 16
     sizes = config.model.model_copy(update={"d_model": 384, "n_layers": layers})
-    for of_building, model, of_the_cut, state in pair(peaks, config.model_copy(update={"model": sizes})):
+    for of_building, model, of_the_cut, state in pair(peaks, config, config.model_copy(update={"model": sizes})):
         assert of_building <= model / 2 + 1.5 * model / layers
         assert of_the_cut <= state / 2 + 1.5 * state / layers
 
