@@ -37,6 +37,7 @@ from orchestrator.errors import TrainingError, UserError
 from orchestrator.launch import Lent
 from orchestrator.mlflow_tracker import MlflowTracker, Nesting, mlflow_command
 from orchestrator.ray_cluster import ray_cluster
+from orchestrator.run_folder import ray_log
 from orchestrator.signals import StopRequest, stop_request
 from orchestrator.storage import hold_folder
 from orchestrator.terminal import Terminal, chatter_to, duration
@@ -99,7 +100,7 @@ def compare(config: RunConfig, request: Request) -> list[Row]:
         refuse_another_request(folder, base, asked)
         earlier = read_comparison(folder)
         task = describe(prepare(config.data, config.data_root)).task
-        terminal = stack.enter_context(chatter_to(folder / "logs" / "ray.log"))
+        terminal = stack.enter_context(chatter_to(ray_log(folder)))
         stop = stack.enter_context(stop_request())
         stack.enter_context(ray_cluster(config))
         remember_request(folder, base, asked)

@@ -29,7 +29,7 @@ from orchestrator.errors import Interrupted, TrainingError
 from orchestrator.events import Job
 from orchestrator.failures import RetryPolicy, in_a_line, root_cause
 from orchestrator.follow import Follower
-from orchestrator.run_folder import PARTIAL, write_whole
+from orchestrator.run_folder import PARTIAL, ray_log, write_whole
 from orchestrator.signals import StopRequest
 from orchestrator.terminal import Terminal
 from orchestrator.worker import run_worker
@@ -150,7 +150,7 @@ class Crew:
                     where = f"stopped after step {follower.step}, when there were no workers"
                     raise Interrupted(f"{where}; the same command continues from the last checkpoint", stop.signal)
             if ended:
-                self._explain(follower, terminal, left, self.log or job.folder / "logs" / "ray.log")
+                self._explain(follower, terminal, left, self.log or ray_log(job.folder))
                 left -= 1
         self._reserve(follower.reservation)
         self._at_work = follower.stopped is None

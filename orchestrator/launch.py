@@ -24,7 +24,7 @@ from orchestrator.inference import load_model
 from orchestrator.mlflow_tracker import Nesting, mlflow_command
 from orchestrator.ray_cluster import ray_cluster
 from orchestrator.report import write_report
-from orchestrator.run_folder import write_whole
+from orchestrator.run_folder import ray_log, write_whole
 from orchestrator.signals import StopRequest, stop_request
 from orchestrator.storage import earlier_start, finished, run_folder, start_over
 from orchestrator.summary import describe_summary, write_summary
@@ -86,7 +86,7 @@ def train(config: RunConfig, lent: Lent | None = None) -> dict[str, Any]:
         data = prepare(config.data, config.data_root)
         _check_data(config, data, earlier)
         _check_teacher(config, data)
-        own = stack.enter_context(chatter_to(folder / "logs" / "ray.log"))
+        own = stack.enter_context(chatter_to(ray_log(folder)))
         terminal = (lent.terminal if lent else None) or own
         stop = lent.stop if lent else stack.enter_context(stop_request())
         if lent is None:

@@ -149,6 +149,11 @@ def drop_plans_after(folder: Path, step: int) -> None:
             path.unlink()
 
 
+def ray_log(folder: Path) -> Path:
+    """What Ray, DeepSpeed and the workers have said during a run, or during a sweep or comparison outside its runs."""
+    return folder / "logs" / "ray.log"
+
+
 def plan_path(folder: Path, plan: TruncationPlan) -> Path:
     return folder / "plans" / f"step-{plan.step:08d}-attempt-{plan.attempt}.json"
 

@@ -34,7 +34,7 @@ from orchestrator.mlflow_tracker import Nesting, mlflow_command, mlflow_tracker
 from orchestrator.pruning import REDUCTION, Pruning, first_judged, promoted, rung_of, scheduler_of
 from orchestrator.ray_cluster import HERE, cluster_address, ray_cluster, workers_that_fit
 from orchestrator.report import write_report
-from orchestrator.run_folder import metrics_so_far, write_whole
+from orchestrator.run_folder import metrics_so_far, ray_log, write_whole
 from orchestrator.search import searcher
 from orchestrator.signals import stop_request
 from orchestrator.space import Point, Space, load_space
@@ -100,7 +100,7 @@ def tune_schedules(config: RunConfig, request: Request) -> dict[str, Any]:
             asked["train.eval_every"] = base.train.eval_every
         refuse_another_request(folder, base, asked)
         prepare(config.data, config.data_root)
-        terminal = stack.enter_context(chatter_to(folder / "logs" / "ray.log"))
+        terminal = stack.enter_context(chatter_to(ray_log(folder)))
         stack.enter_context(ray_cluster(config))
         room = room_for(config)
         if request.concurrent is not None and request.concurrent > room and cluster_address() == HERE:

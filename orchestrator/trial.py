@@ -23,7 +23,7 @@ from orchestrator.errors import Interrupted, TrainingError
 from orchestrator.failures import in_a_line
 from orchestrator.launch import Lent
 from orchestrator.mlflow_tracker import Nesting
-from orchestrator.run_folder import metrics_so_far, write_whole
+from orchestrator.run_folder import metrics_so_far, ray_log, write_whole
 from orchestrator.signals import StopRequest
 from orchestrator.space import Space
 from orchestrator.trial_folder import AGAIN, OUTCOME, POINT, PROMOTED, PRUNED, conclude, final, measured, status_of
@@ -80,7 +80,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
     def setup(self, config: dict[str, Any], sweep: Sweep) -> None:
         self._sweep = sweep
         base = sweep.base
-        self._crew = Crew(base.cluster, workers_of(base.storage), base.storage / "logs" / "ray.log")
+        self._crew = Crew(base.cluster, workers_of(base.storage), ray_log(base.storage))
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:

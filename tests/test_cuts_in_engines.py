@@ -53,7 +53,12 @@ def train(config: RunConfig) -> list[tuple[States, TruncationPlan, States]]:
 
 
 @pytest.mark.parametrize(
-    ("model", "how"), [("mamba", "transport"), ("mamba", "slice"), ("mamba", "reset"), ("lru", "transport")]
+    ("model", "how"),
+    [
+        *(("mamba", how) for how in ("transport", "slice", "reset")),
+        ("lru", "transport"),
+        *(pytest.param("lru", how, marks=pytest.mark.long) for how in ("slice", "reset")),
+    ],
 )
 def test_the_moments_go_the_way_that_the_config_says(model: str, how: str, alone: ProcessPoolExecutor) -> None:
     cuts = alone.submit(train, config_of(model, target={"dim": 4}, moments=how)).result()

@@ -397,17 +397,17 @@ def peaks(rank: int, small: RunConfig, config: RunConfig) -> tuple[float, float,
     group = Group(rank, 2, torch.device("cpu"))
     return_freed_memory_at_once()
     Engine(small, TASK, small.model.state_dims, group).close()
-    before, peaks, initialize = resident_mib(), [], deepspeed.initialize
+    before, built, initialize = resident_mib(), [], deepspeed.initialize
 
     def initialize_and_tell(**arguments: Any) -> Any:
-        peaks.append(peak_mib() - before)
+        built.append(peak_mib() - before)
         return initialize(**arguments)
 
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(deepspeed, "initialize", initialize_and_tell)
         engine = Engine(config, TASK, config.model.state_dims, group)
-    [of_building] = peaks
+    [of_building] = built
     engine.step(batch_at(1).split(2)[rank], 1)
     before = resident_mib()
     Path("/proc/self/clear_refs").write_text("5")
