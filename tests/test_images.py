@@ -144,7 +144,7 @@ def test_damaged_idx_files_are_refused_in_a_sentence(
 @pytest.mark.parametrize("source", [Mnist, Cifar10])
 def test_a_missing_folder_is_refused(source: type[Mnist] | type[Cifar10], tmp_path: Path) -> None:
     name = source.model_fields["source"].annotation.__args__[0]
-    with pytest.raises(UserError, match=r"data\.path .*absent does not exist"):
+    with pytest.raises(UserError, match=r"data\.path .*absent does not exist; valid: .*[Ff]older"):
         prepare(source(source=name, path=tmp_path / "absent"), tmp_path / "data")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"data\.path .*empty has no file"):
@@ -299,6 +299,9 @@ def test_a_malicious_pickle_is_refused_and_nothing_runs(batches: Batches, protoc
         b"0.",
         b"h\x07.",  # from an empty memo
         b"}]K\x01s.",  # a list as key
+        b"})" + 400_000 * b"\x85" + b"K\x01s.",  # a key of tuples in tuples
+        b"(" + b")" + 400_000 * b"\x85" + b"K\x01d.",
+        b")" + 100_000 * b"\x85" + b")R.",  # a call of tuples in tuples
     ],
 )
 def test_pickles_of_anything_else_are_refused(data: bytes) -> None:

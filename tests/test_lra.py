@@ -270,8 +270,8 @@ def test_too_few_images_to_hold_some_out_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("source", [Imdb, Aan, Pathfinder])
 def test_a_missing_folder_is_refused(source: type[Imdb] | type[Aan] | type[Pathfinder], tmp_path: Path) -> None:
     name = source.model_fields["source"].annotation.__args__[0]
-    with pytest.raises(UserError, match=r"data\.path .*absent does not exist"):
+    with pytest.raises(UserError, match=r"data\.path .*absent does not exist; valid: .*[Ff]older"):
         prepare(source(source=name, path=tmp_path / "absent"), tmp_path / "data")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"data\.path .*file must be a folder"):
+    with pytest.raises(UserError, match=r"data\.path .*file is no folder; valid: .*[Ff]older"):
         prepare(source(source=name, path=tmp_path / "file"), tmp_path / "data")

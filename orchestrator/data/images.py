@@ -67,7 +67,7 @@ class _IdxImages(Source):
 
     def _files(self) -> list[Path]:
         """Images and labels to train on, then those held out."""
-        require_folder(self.path)
+        require_folder(self.path, self)
         kinds = [(split, kind) for split in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
         return [_find_idx(self.path, f"{split}-{kind}") for split, kind in kinds]
 
@@ -167,7 +167,7 @@ class Cifar10(Source):
         arrow.write_examples(folder, splits, n_classes=10, origin=str(self.path))
 
     def _folder(self) -> Path:
-        require_folder(self.path)
+        require_folder(self.path, self)
         for folder in (self.path, self.path / "cifar-10-batches-py", self.path / "cifar-10-batches-bin"):
             if any(folder.glob("data_batch_1*")):
                 return folder

@@ -86,7 +86,7 @@ class ListOps(Source):
 
     def _files(self) -> list[Path]:
         assert self.path is not None
-        require_folder(self.path)
+        require_folder(self.path, self)
         files = [self.path / f"basic_{split}.tsv" for split in ("train", self.held_out)]
         for file in files:
             if not file.is_file():

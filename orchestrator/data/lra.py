@@ -46,7 +46,7 @@ class Imdb(Source):
 
     def _reviews(self, split: str) -> list[tuple[Path, int]]:
         """Files in order of their names, with labels."""
-        require_folder(self.path)
+        require_folder(self.path, self)
         found = []
         for label, sentiment in enumerate(("neg", "pos")):
             folder = self.path / split / sentiment
@@ -81,7 +81,7 @@ class Aan(Source):
         return f"aan-{digest((self.max_length, file_facts(self._files())))}"
 
     def _files(self) -> list[Path]:
-        require_folder(self.path)
+        require_folder(self.path, self)
         names = ("train", "eval" if self.held_out == "val" else "test")
         files = [self.path / f"new_aan_pairs.{name}.tsv" for name in names]
         for file in files:
@@ -146,7 +146,7 @@ class Pathfinder(Source):
 
     def _metadata(self) -> list[Path]:
         """Text files, whatever they are called, one per folder of images."""
-        require_folder(self.path)
+        require_folder(self.path, self)
         files = sorted(self._folder.glob("metadata/*.npy"), key=lambda file: (len(file.stem), file.stem))
         if not files:
             raise UserError(

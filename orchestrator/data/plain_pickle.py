@@ -108,8 +108,7 @@ class _Machine:
             case "TUPLE":
                 stack.append(tuple(self._since_mark()))
             case "DICT":
-                items = self._since_mark()
-                stack.append(dict(zip(items[::2], items[1::2], strict=True)))
+                stack.append(_entries(self._since_mark()))
             case "APPEND":
                 item = stack.pop()
                 stack[-1].append(item)
@@ -118,10 +117,10 @@ class _Machine:
                 stack[-1].extend(items)
             case "SETITEM":
                 value, key = stack.pop(), stack.pop()
-                stack[-1][key] = value
+                stack[-1].update(_entries([key, value]))
             case "SETITEMS":
                 items = self._since_mark()
-                stack[-1].update(zip(items[::2], items[1::2], strict=True))
+                stack[-1].update(_entries(items))
             case "REDUCE":
                 arguments, function = stack.pop(), stack.pop()
                 stack.append(_make(function, arguments))
@@ -138,13 +137,20 @@ class _Machine:
         return items
 
 
+def _entries(items: list[Any]) -> dict[bytes, Any]:
+    """Keys and values in turn. Only bytes are keys: hashing what a file has nested deeply would exhaust the C stack."""
+    if not all(isinstance(key, bytes) for key in items[::2]):
+        raise ValueError("it holds a dictionary with a key that is no string")
+    return dict(zip(items[::2], items[1::2], strict=True))
+
+
 def _make(function: object, arguments: Any) -> _Array | _DType:
     """What numpy's own functions would make of these arguments."""
     if function == _Name(*_RECONSTRUCT) and arguments[0] == _Name(*_NDARRAY):
         return _Array()
     if function == _Name(*_DTYPE) and isinstance(arguments[0], bytes):
         return _DType(arguments[0])
-    raise ValueError(f"it calls {function}")
+    raise ValueError(f"it calls {function if isinstance(function, _Name) else type(function).__name__}")
 
 
 def _fill(target: object, state: Any) -> None:

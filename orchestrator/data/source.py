@@ -87,13 +87,14 @@ def cannot_be_read(error: OSError) -> UserError:
     return UserError(f"data file {error.filename} cannot be read: {error.strerror or error}")
 
 
-def require_folder(path: Path) -> None:
-    """Check that data.path is a folder.
+def require_folder(path: Path, source: Source) -> None:
+    """Check that this source's data.path is a folder.
 
     Raises:
         UserError: it does not exist, or is a file.
     """
+    valid = str(type(source).model_fields["path"].description).removesuffix(".")
     if not path.exists():
-        raise UserError(f"data.path {path} does not exist")
+        raise UserError(f"data.path {path} does not exist; valid: {valid}")
     if not path.is_dir():
-        raise UserError(f"data.path {path} must be a folder")
+        raise UserError(f"data.path {path} is no folder; valid: {valid}")
