@@ -60,6 +60,26 @@ def test_its_gradient_matches_finite_differences(penalty: object) -> None:
     assert torch.autograd.gradcheck(value, parts)
 
 
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_its_gradient_reaches_the_layers_own_parameters(penalty: object) -> None:
+    """Finite differences in what is trained: logarithms of decays, phases and scales, and parts of B and C."""
+    lru = layer(d_state=4, width=3).double()
+    parameters = {name: value.detach().requires_grad_() for name, value in lru.named_parameters(recurse=False)}
+    assert callable(penalty)
+
+    def value(*values: Tensor) -> Tensor:
+        for name, part in zip(parameters, values, strict=True):
+            delattr(lru, name)
+            setattr(lru, name, part)
+        total: Tensor = penalty(lru.system())
+        return total
+
+    assert torch.autograd.gradcheck(value, tuple(parameters.values()))
+    value(*parameters.values()).backward()  # type: ignore[no-untyped-call]
+    moved = {name for name, part in parameters.items() if part.grad is not None and part.grad.any()}
+    assert moved == {"nu_log", "theta_log", "gamma_log", "B_re", "B_im", "C_re", "C_im"}
+
+
 @pytest.mark.parametrize("silent", [slice(2, 4), slice(6)], ids=["some", "all"])
 def test_states_that_carry_nothing_leave_the_penalty_finite(silent: slice) -> None:
     """Where a state is not reached, its HSV is 0, whose root has no slope."""

@@ -24,6 +24,7 @@ from orchestrator.comparison_report import METHODS, Row, _figure, markdown, read
 from orchestrator.config import DistillConfig, RegularizeConfig, RunConfig
 from orchestrator.config_reading import parse_config
 from orchestrator.errors import TrainingError, UserError
+from orchestrator.inference import load_model
 from orchestrator.run_folder import read_metrics
 from tests.runs import end_crews, family, lend_crews, losses, start, wait_while_running
 
@@ -62,6 +63,8 @@ def test_every_method_ends_where_truncation_does(
         alike = sum if method in {"magnitude", *PENALTIES} else list
         assert alike(rows[method].final_dims) == alike(reached)
     assert len({rows[method].parameters for method in SMALLER}) == 1
+    for method, found in rows.items():
+        assert found.parameters == sum(part.numel() for part in load_model(runs / method).parameters())
     stamps = stamps_of(runs)
 
     # The same data order and weights up to the cut, and none of the full-size steps for what begins small.
@@ -362,6 +365,14 @@ def test_the_table_has_means_over_all_seeds_and_times_of_each_seeds_own_full_siz
         "full": [1.0, pytest.approx(0.8)],
         "hankel": [0.375, pytest.approx(0.7)],
     }
+
+
+def test_the_figure_has_a_point_a_method_and_size() -> None:
+    rows = [row("full", 0, 0.9, 10.0), *(replace(row("hankel", 0, 0.8, 5.0), size=size) for size in ("0.1", "0.2"))]
+    [axes] = _figure(rows, METHODS).axes
+    points = {str(drawn.get_label()): len(drawn.get_offsets()) for drawn in axes.collections}
+    assert points == {"full": 1, "hankel": 2}
+    assert [text.get_text() for text in axes.texts] == ["", "0.1", "0.2"]
 
 
 def test_a_run_that_ends_with_other_states_than_truncation_is_told(tmp_path: Path) -> None:
