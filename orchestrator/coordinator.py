@@ -42,6 +42,10 @@ logger = logging.getLogger(__name__)
 Stage = Literal["spectra", "reductions"]
 
 
+class UnrankableError(ValueError):
+    """The layers of some owner cannot be ranked: their statistics are not finite, or they are not stable."""
+
+
 class StaleAttemptError(RuntimeError):
     """A worker of a dead attempt asked for something."""
 
@@ -119,7 +123,7 @@ class Coordinator:
 
         Raises:
             StaleAttemptError: the attempt has been superseded.
-            ValueError: the layers of some owner cannot be ranked (NaN, unstable).
+            UnrankableError: some owner has submitted a failure.
         """
 
         def settle(layers: dict[int, Submission]) -> list[Decision]:
@@ -156,7 +160,7 @@ class Coordinator:
             if len(meeting.present) == self._workers:
                 try:
                     if meeting.failures:
-                        raise ValueError("; ".join(sorted(meeting.failures)))
+                        raise UnrankableError("; ".join(sorted(meeting.failures)))
                     meeting.answer.set_result(settle(meeting.layers))
                 except Exception as error:  # noqa: BLE001 -- whoever came last, everyone has to hear of it
                     meeting.answer.set_exception(error)
@@ -251,6 +255,7 @@ def coordinate(
 
     Raises:
         DisagreementError: another worker got another plan.
+        UnrankableError: some layer cannot be ranked; on every worker.
     """
     sender = Sender(occasion, group.rank, tuple(part.d_state for part in statistics))
     solutions: dict[int, Solution] = {}

@@ -21,13 +21,14 @@ from orchestrator import checkpoint
 from orchestrator.checkpoint import Manifest
 from orchestrator.checkpoint_writer import Writer
 from orchestrator.config import GuardConfig, Pace
-from orchestrator.coordinator import coordinate
+from orchestrator.coordinator import UnrankableError, coordinate
 from orchestrator.data import arrow
 from orchestrator.data.batches import Batch, TrainBatches, validation_batches
 from orchestrator.data.sources import prepare
 from orchestrator.engine import Engine
 from orchestrator.events import CutRecord, Event, Job, Measured, Probed, RolledBack, Saved, Started, Stopped
 from orchestrator.failpoints import reach
+from orchestrator.failures import root_cause
 from orchestrator.filesystem import Folder
 from orchestrator.group import Group, limit_waiting
 from orchestrator.guard import Watch
@@ -224,7 +225,13 @@ class Worker:
         statistics = self.engine.statistics(self.batches.at(step, self._pace.batch) for step in steps)
         reach("statistics", self.step)
         occasion = Occasion(self.step, self.attempt, probes.index(self.step) + 1, len(probes))
-        plan = coordinate(self.coordinator, rule, occasion, statistics, self.group)
+        try:
+            plan = coordinate(self.coordinator, rule, occasion, statistics, self.group)
+        except UnrankableError as error:
+            if self.watch is None:
+                raise
+            self._roll_back(str(root_cause(error)))
+            return False
         probe_seconds = time.perf_counter() - started
         self.train_seconds += probe_seconds
         self._publish([Measured(self.step, {"probe_ms": 1000 * probe_seconds})])
@@ -243,9 +250,9 @@ class Worker:
 
         guard = self._guard
         if guard is not None and self.watch is None:
-            self.watch = Watch(step=self.step, before=before[guard.metric], evaluations_left=guard.patience + 1)
             saving = time.perf_counter()
             self._write_checkpoint(checkpoint.uncut_at(self.checkpoints, self.step), after_cut=False)
+            self.watch = Watch(step=self.step, before=before[guard.metric], evaluations_left=guard.patience + 1)
             started += time.perf_counter() - saving  # no checkpoint's time is the training's
         reach("plan", self.step)
         self.engine.reshape(plan)
@@ -335,7 +342,8 @@ class Worker:
         self._publish([RolledBack(step, reason)])
         self.group.together(self.writer.wait)  # rank 0 for the whole checkpoint
         uncut = checkpoint.uncut_at(self.checkpoints, step)
-        manifest, state = self.group.together(lambda: self._read(uncut, checkpoint.verify))
+        read = checkpoint.verify if self.group.rank == 0 else checkpoint.read_manifest
+        manifest, state = self.group.together(lambda: self._read(uncut, read))
         assert manifest.step == step, f"the checkpoint before the cut is of step {manifest.step}, not {step}"
         self.engine.restore(manifest.state_dims, state)
         self.step, self.train_seconds = step, manifest.train_seconds
@@ -349,29 +357,27 @@ class Worker:
         path = checkpoint.at(self.checkpoints, self.step)
         saved = Saved(self.step, str(path))
 
-        def before() -> None:
-            # What a run continues from must not be ahead of its metrics: nobody would measure those steps again.
-            ray.get(self.coordinator.recorded.remote(self.attempt))
-
         def after() -> None:
             ray.get(self.coordinator.publish.remote(self.attempt, [saved]))
             prune(self.checkpoints, saved.step, self.config.checkpoints)
 
-        self._write_checkpoint(path, after_cut, before, after)
+        self._write_checkpoint(path, after_cut, after)
 
-    def _write_checkpoint(self, path: Folder, after_cut: bool, *around: Callable[[], None]) -> None:
+    def _write_checkpoint(self, path: Folder, after_cut: bool, *after: Callable[[], None]) -> None:
         """Begin to write; training waits for the checkpoint before this one, and for the copy of its state.
 
-        `around`: what rank 0 does before and after the checkpoint becomes complete.
+        `after`: what rank 0 does once the checkpoint is complete, if anything.
+
+        A state that is NaN or infinite anywhere is not worth keeping.
 
         Raises:
-            FloatingPointError: the state is not worth keeping: a part of it is NaN or infinite; on every worker.
+            FloatingPointError: as `_give_up`, for a parameter or moment.
         """
         self.group.together(self.writer.wait)
         state = self.engine.state()
         if float(self.group.sum(torch.tensor([float(not state.is_finite())]))) > 0:
-            what = f"a parameter or moment after step {self.step}"
-            raise FloatingPointError(f"{what} is no number; train.lr may be too high")
+            self._give_up(f"a parameter or moment after step {self.step}")
+            return
         manifest = Manifest(
             step=self.step,
             optimizer_step=state.optimizer_step,
@@ -389,7 +395,15 @@ class Worker:
             data_sha256=self.data_sha256,
         )
         token = self.group.broadcast(torch.tensor([secrets.randbits(63)]), 0)
-        self.writer.save(path, f"{int(token):016x}", manifest, state, *around)
+        self.writer.save(path, f"{int(token):016x}", manifest, state, self._recorded, *after)
+
+    def _recorded(self) -> None:
+        """What a run continues from must not be ahead of its metrics: nobody would measure those steps again.
+
+        Raises:
+            StaleAttemptError: a later group of workers has begun, whose checkpoints this one's are not.
+        """
+        ray.get(self.coordinator.recorded.remote(self.attempt))
 
     def _publish(self, events: list[Event]) -> None:
         if self.group.rank == 0:

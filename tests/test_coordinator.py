@@ -303,7 +303,7 @@ def test_what_one_worker_sees_break_ends_the_probe_of_all(
         for rank, worker in enumerate(group_of(WORKERS))
     ]
     for call in calls:
-        with pytest.raises(RayTaskError, match=rf"ValueError: layer 1 at step {STEP}: {reason}"):
+        with pytest.raises(RayTaskError, match=rf"UnrankableError: layer 1 at step {STEP}: {reason}"):
             ray.get(call, timeout=60)
 
 

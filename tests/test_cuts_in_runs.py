@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,13 @@ HURTFUL: dict[str, Any] = {
     "model": {"kind": "lru", "n_layers": 2, "d_model": 16, "d_state": 16},
 }
 LONGER: dict[str, Any] = {"steps": 110, "batch_size": 40, "eval_every": 101, "checkpoint_every": 90}
+DIVERGING: dict[str, Any] = {
+    "target": {"dim": 1},
+    "steps": [100],
+    "score": "smallest",
+    "lr_factor": 1e30,
+    "guard": {"tolerance": 0, "patience": 9},
+}
 
 
 @pytest.fixture(scope="module")
@@ -109,21 +115,46 @@ def test_a_cut_that_hurts_is_taken_back(
 
 
 @pytest.mark.cluster
+@pytest.mark.parametrize(
+    ("steps", "seen"),
+    [
+        ([100], "the held-out loss after step 101 is no number"),
+        ([100, 101], "layer 0 at step 101: a state matrix holds NaN or infinity"),
+    ],
+)
 def test_a_cut_after_which_training_diverges_is_taken_back(
-    small_run: dict[str, Any], uncut: tuple[Path, dict[str, Any]], capfd: pytest.CaptureFixture[str]
+    steps: list[int],
+    seen: str,
+    small_run: dict[str, Any],
+    uncut: tuple[Path, dict[str, Any]],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """At once, whatever the patience; and with the learning rate that was before it."""
     small_run |= HURTFUL
     small_run["train"] |= LONGER
-    diverges = {"target": {"dim": 1}, "steps": [100], "score": "smallest", "lr_factor": 1e30}
-    diverges |= {"guard": {"tolerance": 0, "patience": 9}}
-    folder, summary = finished(
-        small_run, name="guarded", truncation=diverges | {"guard": {"tolerance": 0, "patience": 9}}
-    )
-    assert re.search(r"rolled back to step 100, before the cut: the .* is no number", capfd.readouterr().out)
+    folder, summary = finished(small_run, name="guarded", truncation=DIVERGING | {"steps": steps})
+    _was_taken_back(summary, seen, capfd)
+    assert losses(folder) == losses(uncut[0])
+
+
+@pytest.mark.cluster
+def test_a_cut_after_which_weights_overflow_is_taken_back(
+    small_run: dict[str, Any], local_ray: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where nothing but a checkpoint looks at them."""
+    small_run |= HURTFUL
+    small_run["train"] |= LONGER | {"eval_every": 110, "checkpoint_every": 101, "betas": (0.5, 0.999)}
+    # Just below float32's largest number in step 101, times what beta1 lets Adam add.
+    folder, summary = finished(small_run, name="guarded", truncation=DIVERGING | {"lr_factor": 2.8e41})
+    _was_taken_back(summary, "a parameter or moment after step 101 is no number", capfd)
+    assert sorted(losses(folder)) == list(range(1, 111))
+
+
+def _was_taken_back(summary: dict[str, Any], seen: str, capfd: pytest.CaptureFixture[str]) -> None:
+    [line] = [line for line in capfd.readouterr().out.splitlines() if line.startswith("rolled back")]
+    assert line.startswith(f"rolled back to step 100, before the cut: {seen}")
     assert [cut["rolled_back"] for cut in summary["truncations"]] == [True]
     assert summary["final_dims"] == [16, 16]
-    assert losses(folder) == losses(uncut[0])
 
 
 @pytest.mark.cluster
