@@ -16,7 +16,7 @@ from orchestrator.data.batches import Batch, TrainBatches, validation_batches
 from orchestrator.data.images import Digits
 from orchestrator.data.recall import Recall
 from orchestrator.data.sources import prepare
-from orchestrator.data.text import StdlibText, TextFiles
+from orchestrator.data.text import BLOCK, StdlibText, TextFiles
 from orchestrator.errors import UserError
 
 
@@ -123,6 +123,16 @@ def test_the_splits_hold_the_whole_corpus_once(text: Path, corpus: Path) -> None
     assert len(train) > len(val) > 0
     counts = np.bincount(train, minlength=256) + np.bincount(val, minlength=256)
     assert (counts == np.bincount(np.fromfile(corpus, np.uint8), minlength=256)).all()
+
+
+@pytest.mark.parametrize("tokens", [20, 19 * BLOCK, 19 * BLOCK + 100, 20 * BLOCK - 1, 20 * BLOCK, 41 * BLOCK + 7])
+def test_about_a_twentieth_of_a_text_is_held_out(tokens: int, tmp_path: Path) -> None:
+    """However little of it lies in the last block."""
+    (tmp_path / "text.txt").write_bytes(np.random.default_rng(0).bytes(tokens))
+    folder = prepare(TextFiles(source="text", path=tmp_path / "text.txt"), tmp_path / "data")
+    train, val = (len(arrow.read(folder, split)) for split in arrow.SPLITS)
+    assert train + val == tokens
+    assert 0.045 < val / tokens <= 0.05
 
 
 def test_a_folder_is_the_text_of_its_files_in_order(tmp_path: Path) -> None:

@@ -154,7 +154,8 @@ def _write(folder: Path, tables: Mapping[Split, pa.Table], **description: object
             path = partial / f"{split}.arrow"
             with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
                 writer.write_table(table)  # one record batch, so that a split is one contiguous column
-            digests[split] = hashlib.sha256(path.read_bytes()).hexdigest()
+            with path.open("rb") as file:
+                digests[split] = hashlib.file_digest(file, "sha256").hexdigest()
         text = Description.model_validate(description | {"sha256": digests}).model_dump_json(indent=2)
         (partial / DESCRIPTION).write_text(text + "\n")
         try:

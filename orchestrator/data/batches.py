@@ -178,7 +178,7 @@ class TrainBatches:
         first, last = (size * rank // self._workers for rank in (self._rank, self._rank + 1))
         positions = (step - 1) * size + np.arange(size)
         epochs, places = np.divmod(positions, self._data.length)
-        rows = np.array([self._order(int(e))[p] for e, p in zip(epochs, places, strict=True)])
+        rows = np.concatenate([self._order(int(e))[places[epochs == e]] for e in np.unique(epochs)])
         return replace(self._data.take(rows, slice(first, last)), first=first)
 
     def _order(self, epoch: int) -> NDArray[np.int64]:

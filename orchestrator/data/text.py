@@ -208,10 +208,12 @@ def _record(value: object, field: str, where: str) -> bytes:
 
 
 def _write(folder: Path, tokens: NDArray[np.unsignedinteger], origin: str, vocab_size: int = 256) -> None:
-    held_out = (np.arange(len(tokens)) // BLOCK) % VAL_EVERY == VAL_EVERY - 1
-    train, val = tokens[~held_out], tokens[held_out]
-    if not len(val):  # a text shorter than VAL_EVERY blocks
+    if len(tokens) < VAL_EVERY * BLOCK:
         train, val = _split_tail(tokens)
+    else:
+        blocks = np.arange(-(-len(tokens) // BLOCK)) % VAL_EVERY == VAL_EVERY - 1
+        held_out = np.repeat(blocks, BLOCK)[: len(tokens)]
+        train, val = tokens[~held_out], tokens[held_out]
     arrow.write_tokens(folder, {"train": train, "val": val}, origin, vocab_size)
 
 
