@@ -15,6 +15,7 @@ from torch import Tensor
 from compression.gramians import LTISystem, SelectiveMoments, Statistics, pooled_gramians
 from compression.hankel import Balancing, lti_balancing
 from compression.plan import Reduction, StateRotation, StateSelection, StateTransform
+from compression.ranking import SMALLEST_GAIN
 from compression.scores import Score, ablation_order, compensation, rank_states
 
 # Beyond this condition number of the eigenvectors the diagonal form of the reduced system, whose weights are
@@ -124,9 +125,13 @@ class BalancedLTI(_Balanced):
         self._system, self._score = system, score
 
     def reduce(self, rank: int) -> Outcome:
-        """A reduced system that is nearly defective falls back to the next larger rank that is safe, if need be all."""
+        """A reduced system that is nearly defective falls back to the next larger rank that is safe.
+
+        Where that would hardly be a cut any more, to all states.
+        """
         rank, remark = self._limited(rank)
-        for r in range(rank, min(len(self._coordinates) + 1, self._system.d_state)):
+        worth_a_cut = max(rank, int((1 - SMALLEST_GAIN) * self._system.d_state))
+        for r in range(rank, min(len(self._coordinates), worth_a_cut, self._system.d_state - 1) + 1):
             cut = diagonal_reduction(self._system, self._balancing, self._coordinates[:r])
             if cut is not None:
                 return Outcome(r, cut, remark if r == rank else f"rank {rank} is not safe to diagonalise, {r} is")

@@ -44,10 +44,9 @@ def rung_of(grace: int, eval_every: int) -> int:
     return -(-grace // eval_every) * eval_every
 
 
-def at_rung(sweep: Path, objective: str, rung: int) -> dict[str, float]:
-    """By name, what every trial that came to the rung had there."""
-    rows = {trial.name: measurements(trial, objective) for trial in trials_of(sweep)}
-    return {name: row[objective] for name, found in rows.items() for row in found if row["step"] == rung}
+def at_rung(trial: Path, objective: str, rung: int) -> float | None:
+    """What a trial had at the rung, if it has come so far."""
+    return next((row[objective] for row in measurements(trial, objective) if row["step"] == rung), None)
 
 
 def promoted(sweep: Path) -> list[Path]:
@@ -70,10 +69,10 @@ def promote(sweep: Path, objective: str, rung: int, trial_id: str) -> Point | No
     judged = [trial for trial in trials if statuses[trial] != "running" or trial in going_on]
     if REDUCTION * (len(going_on) + 1) > len(judged):
         return None
-    values = at_rung(sweep, objective, rung)
-    sign = 1 if OBJECTIVES[objective] == "min" else -1
-    waiting = [trial for trial in trials if statuses[trial] == "pruned"]
-    best = min(waiting, key=lambda trial: sign * values[trial.name], default=None)
+    waiting = {trial: at_rung(trial, objective, rung) for trial in trials if statuses[trial] == "pruned"}
+    values = {trial: value for trial, value in waiting.items() if value is not None}
+    assert values.keys() == waiting.keys(), "who waits at the rung has come to it"
+    best = (min if OBJECTIVES[objective] == "min" else max)(values, key=values.__getitem__, default=None)
     if best is None:
         return None
     note = json.loads((best / POINT).read_text())

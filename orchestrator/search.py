@@ -49,7 +49,7 @@ class Search(OptunaSearch):  # type: ignore[misc]
             return
         if result and self._rung is not None:  # one that an earlier start had go on has come to its end
             [objective] = self.metric
-            result = result | {objective: at_rung(self._folder, objective, self._rung)[result[FOLDER]]}
+            result = result | {objective: at_rung(self._folder / result[FOLDER], objective, self._rung)}
         super().on_trial_complete(trial_id, result, error)
 
 
@@ -62,17 +62,18 @@ def searcher(
     directions = ["minimize" if mode == "min" else "maximize" for mode in modes]
     storage, distributions = optuna.storages.InMemoryStorage(), optuna_space(space)
     study = optuna.create_study(storage=storage, study_name=space.name, directions=directions)
-    judged = at_rung(sweep.base.storage, objectives[0], sweep.rung) if sweep.rung is not None else None
     again, fresh = [], list(points)
     for outcome in begun:
         if outcome.point in fresh:
             fresh.remove(outcome.point)
-        values = [outcome.objectives.get(objective, math.nan) for objective in objectives]
-        if judged is not None:
-            values = [judged.get(outcome.trial, math.nan)]
+        if sweep.rung is not None:
+            known = [at_rung(sweep.base.storage / outcome.trial, objectives[0], sweep.rung)]
+        else:
+            known = [outcome.objectives.get(objective) for objective in objectives]
+        values = [value for value in known if value is not None and math.isfinite(value)]
         if outcome.status in AGAIN:
             again.append(outcome.point)
-        elif all(map(math.isfinite, values)):
+        elif len(values) == len(objectives):
             study.add_trial(optuna.trial.create_trial(params=outcome.point, distributions=distributions, values=values))
     return Search(
         sweep,

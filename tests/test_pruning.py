@@ -180,7 +180,7 @@ def test_of_the_trials_that_wait_the_best_goes_on_when_there_are_enough(tmp_path
     runs = left_folder(tmp_path, 3, [(RUNG, 1.0)])
     assert promote(tmp_path, "val_loss", RUNG, "again") is None
     conclude(runs, "failed", "diverged")
-    assert at_rung(tmp_path, "val_loss", RUNG)["trial-00002"] == 2.0
+    assert at_rung(tmp_path / "trial-00002", "val_loss", RUNG) == 2.0
     assert promote(tmp_path, "val_loss", RUNG, "again") == {"at": 0.02}
     assert statuses(tmp_path) == ["pruned", "pruned", "running", "failed"]
     assert [trial.name for trial in promoted(tmp_path)] == ["trial-00002"]
