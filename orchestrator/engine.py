@@ -65,7 +65,7 @@ class Engine:
             self._model.seed_dropout((self._config.seed, step), part.first)
             logits = self._engine(part.inputs)
             loss = self._objective.loss(self._model, logits, part.inputs, part.targets) * weight
-            # Once a step: DeepSpeed takes the mean over parts, and over workers, where it is the same.
+            # Once a step: DeepSpeed takes the mean over parts, and over workers.
             penalty = train.accumulation * self._objective.penalty(self._model) if number == 0 else 0.0
             self._engine.backward(loss + penalty)
             if self._engine.is_gradient_accumulation_boundary():

@@ -16,7 +16,7 @@ PENALTIES = {"hankel": hankel_sum, "nuclear": dense_nuclear_norm}
 
 
 class Objective:
-    """The loss of a batch's rows, and a penalty that does not depend on rows. Every worker has its own teacher."""
+    """The loss of a batch's rows, and a penalty that does not depend on rows. Every worker has the whole teacher."""
 
     def __init__(self, train: TrainConfig, group: Group) -> None:
         """Loads the teacher, if there is one.
@@ -25,6 +25,7 @@ class Objective:
             UserError: the teacher's folder has no model.
         """
         self._distil, self._regularize, self._rounds = train.distill, train.regularize, train.precision == "bfloat16"
+        self._rank, self._workers = group.rank, group.size
         self._teacher: SequenceModel | None = None
         if self._distil is not None:
             self._teacher = load_model(self._distil.teacher).to(group.device).requires_grad_(False)
@@ -46,11 +47,14 @@ class Objective:
         return alpha * loss + (1 - alpha) * distillation_loss(student_XK, teacher_XK, self._distil.temperature)
 
     def penalty(self, model: SequenceModel) -> Tensor | float:
-        """The weighted sum of all layers' Hankel singular values; 0 where nothing is regularised."""
+        """The weighted sum of all layers' Hankel singular values; 0 where nothing is regularised.
+
+        Each worker looks at its share of the layers: only the mean over the workers is this sum.
+        """
         if self._regularize is None:
             return 0.0
         total: Tensor | float = 0.0
-        for mixer in model.mixers():
+        for mixer in model.mixers()[self._rank :: self._workers]:
             assert isinstance(mixer, LRU), "the config refuses other models"
             total = total + PENALTIES[self._regularize.form](mixer.system())
-        return self._regularize.weight * total
+        return self._workers * self._regularize.weight * total
