@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -244,8 +245,11 @@ def _figure(rows: Sequence[Row], methods: Mapping[str, str]) -> Figure:
         if points:
             x, y = zip(*points.values(), strict=True)
             colour, marker = PALETTE[place % len(PALETTE)], MARKERS[place % len(MARKERS)]
-            axes.scatter(x, y, s=50, color=colour, marker=marker, label=method, zorder=2)
-            for size, point in points.items():
-                axes.annotate(size, point, xytext=(5, 4), textcoords="offset points", fontsize="small")
+            # Hollow: what lies on another point does not hide it.
+            axes.scatter(x, y, s=50, facecolors="none", edgecolors=colour, marker=marker, label=method, zorder=2)
+            # Slanted: sizes of one method often end close together.
+            slanted: dict[str, Any] = {"xytext": (3, 3), "textcoords": "offset points", "rotation": 45}
+            for size, point in points.items() if len(points) > 1 else ():
+                axes.annotate(size, point, **slanted, fontsize="small", color=colour)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure

@@ -366,9 +366,8 @@ class Worker:
     def _write_checkpoint(self, path: Folder, after_cut: bool, *after: Callable[[], None]) -> None:
         """Begin to write; training waits for the checkpoint before this one, and for the copy of its state.
 
-        `after`: what rank 0 does once the checkpoint is complete, if anything.
-
-        A state that is NaN or infinite anywhere is not worth keeping.
+        Nothing is written of a state that is NaN or infinite anywhere. `after`: what rank 0 does once the checkpoint is
+        complete, if anything.
 
         Raises:
             FloatingPointError: as `_give_up`, for a parameter or moment.

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from benchmarks.evidence import gather
+from benchmarks.evidence import compared, gather
 from compression.ranking import Target
 from orchestrator.cli import main
 from orchestrator.collection import refuse_another_request, remember_request, write_rows
@@ -28,6 +29,7 @@ from orchestrator.inference import load_model
 from orchestrator.run_folder import read_metrics
 from tests.runs import end_crews, family, lend_crews, losses, start, wait_while_running
 
+ROOT = Path(__file__).resolve().parents[1]
 SMALLER = [method for method in METHODS if method != "full"]
 
 
@@ -372,7 +374,7 @@ def test_the_figure_has_a_point_a_method_and_size() -> None:
     [axes] = _figure(rows, METHODS).axes
     points = {str(drawn.get_label()): len(drawn.get_offsets()) for drawn in axes.collections}
     assert points == {"full": 1, "hankel": 2}
-    assert [text.get_text() for text in axes.texts] == ["", "0.1", "0.2"]
+    assert [text.get_text() for text in axes.texts] == ["0.1", "0.2"]
 
 
 def test_a_run_that_ends_with_other_states_than_truncation_is_told(tmp_path: Path) -> None:
@@ -419,6 +421,32 @@ def test_evidence_is_of_one_request(digits: dict[str, Any], tmp_path: Path) -> N
     assert [found.seed for found in read_rows(tmp_path / "comparison_of_tests.parquet")] == [0, 0, 1, 1]
     with pytest.raises(UserError, match=r"is a comparison with another value of penalty \(was 1e-05, is 0\.001\)"):
         gather(tmp_path / "comparison_of_tests.parquet", folders, tmp_path)
+
+
+@pytest.mark.parametrize("rows", sorted((ROOT / "docs" / "results").glob("comparison_*.parquet")), ids=lambda p: p.stem)
+def test_the_readme_has_what_the_rows_say(rows: Path) -> None:
+    """Every method and size, and in every column that a table of the README has, what the command prints that it names."""
+    [_, section] = re.split(rf"benchmarks\.evidence\s+table\s+{rows.stem}`", (ROOT / "README.md").read_text())
+    lines = iter(line for line in section.splitlines() if line.startswith("|"))
+    head = cells(next(lines))[1:]
+    told = {}
+    for line in islice(lines, 1, None):
+        if not (method := re.match(r"\| `(\w+)`", line)):
+            break
+        row = dict(zip(head, cells(line)[1:], strict=True))
+        told[method[1], row.pop("tolerance", "")] = row
+    printed = compared(rows).splitlines()
+    names = cells(printed[0])
+    expected = {}
+    for line in printed[2:]:
+        row = dict(zip(names, cells(line), strict=True))
+        expected[row["method"], row["tolerance"]] = {name: row[name] for name in head if name != "tolerance"}
+    assert told == expected
+
+
+def cells(line: str) -> list[str]:
+    """Those of a line of a table in Markdown."""
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def test_without_labels_the_quality_is_the_loss() -> None:
