@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -74,6 +75,12 @@ def held_out(rank: int) -> Batch:
     return first if rank == 0 else first.unasked()
 
 
+def teacher() -> SequenceModel:
+    torch.manual_seed(11)
+    model = config_of("lru").model
+    return build_model(model, TASK, model.state_dims).eval()
+
+
 def planned(engine: Any, own: Batch, step: int, group: Group, config: RunConfig) -> TruncationPlan:
     """The plan of one of the cuts, from all workers' statistics."""
     statistics = engine.statistics([own])
@@ -104,7 +111,8 @@ def train(rank: int, config: RunConfig) -> tuple[list[float], Moments, list[str]
     from orchestrator.engine import Engine
 
     group = Group(rank, config.cluster.workers.max, torch.device("cpu"))
-    engine = Engine(config, TASK, config.model.state_dims, group)
+    with patch("orchestrator.objective.load_model", lambda path: teacher()):
+        engine = Engine(config, TASK, config.model.state_dims, group)
     losses, plans = [], []
     for step in range(1, STEPS + 1):
         own = batch_at(step).split(group.size)[rank]
@@ -129,7 +137,8 @@ def reference(config: RunConfig, plans: list[str]) -> tuple[list[float], Moments
     model = build_model(config.model, TASK, config.model.state_dims)
     states: dict[str, ParameterState] = {}
     losses = []
-    objective = Objective(config.train, Group(0, 1, torch.device("cpu")))
+    with patch("orchestrator.objective.load_model", lambda path: teacher()):
+        objective = Objective(config.train, Group(0, 1, torch.device("cpu")))
     for step in range(1, STEPS + 1):
         space = {name for name, _ in model.named_parameters() if name.endswith(STATE_SPACE)}
         optimizer = torch.optim.AdamW(
@@ -152,7 +161,7 @@ def reference(config: RunConfig, plans: list[str]) -> tuple[list[float], Moments
             }
         batch = batch_at(step)
         model.seed_dropout((config.seed, step), batch.first)
-        loss = model.loss(model(batch.inputs), batch.targets)
+        loss = objective.loss(model, model(batch.inputs), batch.inputs, batch.targets)
         (loss + objective.penalty(model)).backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip)
         optimizer.step()
@@ -188,6 +197,7 @@ CASES = [
     *(case("accumulating and recomputing", "mamba", stage, PARTS, long=stage < 2) for stage in (0, 1, 2, 3)),
     *(case(model, model, 3, long=model == "dropping") for model in MODELS if model != "mamba"),
     case("penalised", "lru", 2, PENALTY),
+    case("distilled", "mamba", 2, {"accumulation": 2, "distill": {"teacher": "/teacher"}}),
     case("dropping, in parts", "dropping", 1, PARTS),
 ]
 
