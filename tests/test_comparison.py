@@ -425,7 +425,7 @@ def test_evidence_is_of_one_request(digits: dict[str, Any], tmp_path: Path) -> N
 
 @pytest.mark.parametrize("rows", sorted((ROOT / "docs" / "results").glob("comparison_*.parquet")), ids=lambda p: p.stem)
 def test_the_readme_has_what_the_rows_say(rows: Path) -> None:
-    """Every method and size, and in every column that a table of the README has, what the command prints that it names."""
+    """Every method and size, and in each of its columns what the command prints that it names."""
     [_, section] = re.split(rf"benchmarks\.evidence\s+table\s+{rows.stem}`", (ROOT / "README.md").read_text())
     lines = iter(line for line in section.splitlines() if line.startswith("|"))
     head = cells(next(lines))[1:]
