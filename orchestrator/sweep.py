@@ -57,7 +57,7 @@ from orchestrator.trial_folder import (
     status_of,
     statuses,
 )
-from orchestrator.trunk import shared_trunks, untruncated
+from orchestrator.trunk import forget, shared_trunks, untruncated
 
 Search = Literal["tpe", "random", "grid"]
 SAMPLES = 16  # of a random or TPE search that does not say how many
@@ -126,6 +126,9 @@ def tune_schedules(config: RunConfig, request: Request) -> dict[str, Any]:
         best = best_of(found, request.objectives[0])
         write_whole(folder / "best.yaml", _best_config(config, folder, best).to_yaml())
         baselines = _baselines(sweep, best, terminal) if request.baselines else {}
+        if not any(outcome.status in AGAIN for outcome in found):
+            for trunk in trunks:
+                forget(trunk.run, base.checkpoints)
         summary = write_sweep_report(folder, request.objectives, space, config.train.steps, baselines)
         if tracker is not None:
             for name in ("sweep.json", "trials.parquet", "best.yaml", "report.html"):

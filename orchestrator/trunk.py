@@ -15,11 +15,12 @@ from typing import IO
 
 from orchestrator import checkpoint, launch
 from orchestrator.checkpoint import MANIFEST, Manifest
-from orchestrator.config import RunConfig
+from orchestrator.config import CheckpointsConfig, RunConfig
 from orchestrator.config_changes import refuse_other_run
 from orchestrator.errors import Interrupted, TrainingError
 from orchestrator.filesystem import Folder
 from orchestrator.launch import Lent
+from orchestrator.retention import prune
 from orchestrator.run_folder import metrics_so_far, write_whole
 from orchestrator.signals import StopRequest
 from orchestrator.space import Point, Space
@@ -118,7 +119,7 @@ def branch(
     if before < 1:
         return 0
     with _alone(trunk, lent.stop):
-        shared = checkpoints_of(trunk.storage / trunk.name, trunk.checkpoints.storage, trunk.checkpoints.retry_s)
+        shared = _checkpoints(trunk)
         if _reached(shared) < before:
             try:
                 launch.train(trunk, replace(lent, until=max(before, ahead), save_after=frozenset({before, *saved})))
@@ -140,8 +141,19 @@ def branch(
     return step
 
 
+def forget(trunk: RunConfig, policy: CheckpointsConfig) -> None:
+    """Leave of a trunk's checkpoints what stays of any run's: no trial begins with one any more."""
+    shared = _checkpoints(trunk)
+    if step := _reached(shared):
+        prune(shared, step, policy)
+
+
+def _checkpoints(trunk: RunConfig) -> Folder:
+    return checkpoints_of(trunk.storage / trunk.name, trunk.checkpoints.storage, trunk.checkpoints.retry_s)
+
+
 def _reached(shared: Folder) -> int:
-    """The last step after which the trunk is saved."""
+    """The last step after which the trunk is saved; 0 where there is none."""
     path = checkpoint.newest(shared)
     return checkpoint.read_manifest(path).step if path is not None else 0
 

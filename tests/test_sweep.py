@@ -215,6 +215,7 @@ def timed_cut(tracked_run: dict[str, Any]) -> dict[str, Any]:
     """A config whose sweep with OPTIONS moves its only cut."""
     tracked_run["train"] |= {"steps": 24, "eval_every": 8}
     tracked_run["truncation"] = {"target": {"dim": 4}, "steps": [20]}
+    tracked_run["checkpoints"] = {"keep_last": 1, "keep_best": 0}
     return tracked_run
 
 
@@ -434,6 +435,8 @@ def _check_results(folder: Path, found: Sequence[Outcome], output: str) -> None:
     assert summary["steps_trained"] == max(starts) + sum(24 - start for start in starts) < 24 * TRIALS
     assert load_config(folder / "best.yaml").probe_steps == (best.first_cut,)
     assert set(summary["baselines"]) == {"full size", "4 x 2 layers from scratch"}
+    # Full size has gone on where the trunk ended, of whose many checkpoints no trial needs one any more.
+    assert checkpoint.complete_steps(checkpoints_of(folder / "trunk", None)) == [24]
     # Both fronts and the one knob, which has no share in anything.
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from orchestrator import checkpoint, launch
-from orchestrator.config import RunConfig
+from orchestrator.config import CheckpointsConfig, RunConfig
 from orchestrator.config_reading import parse_config
 from orchestrator.errors import TrainingError, UserError
 from orchestrator.launch import Lent
 from orchestrator.storage import checkpoints_of
-from orchestrator.trunk import branch, trunk_config
+from orchestrator.trunk import branch, forget, trunk_config
 from tests.checkpoints import write
 
 DIVERGES_AT = 7
@@ -71,3 +71,13 @@ def test_what_is_saved_is_not_trained_again(trial: RunConfig, monkeypatch: pytes
     monkeypatch.setattr(launch, "train", lambda *_: pytest.fail("trained"))
     assert begun(trial, "second", 4) == 4
     assert begun(trial, "second", 4) == 4, "it goes on from its own"
+
+
+def test_of_a_trunk_that_nobody_begins_with_any_more_stays_what_stays_of_any_run(trial: RunConfig) -> None:
+    trunk = trunk_config(trial)
+    forget(trunk, CheckpointsConfig(keep_last=1))
+    begun(trial, "first", 4, saved={1, 2, 3})
+    shared = checkpoints_of(trunk.storage / trunk.name, None)
+    assert checkpoint.complete_steps(shared) == [1, 2, 3, 4]
+    forget(trunk, CheckpointsConfig(keep_last=2, keep_best=0))
+    assert checkpoint.complete_steps(shared) == [3, 4]
