@@ -127,7 +127,7 @@ class BalancedLTI(_Balanced):
     def reduce(self, rank: int) -> Outcome:
         """A reduced system that is nearly defective falls back to the next larger rank that is safe.
 
-        Where that would hardly be a cut any more, to all states.
+        Where that would hardly be a cut any more, to all states; a last cut that is smaller tries no other rank.
         """
         rank, remark = self._limited(rank)
         worth_a_cut = max(rank, int((1 - SMALLEST_GAIN) * self._system.d_state))

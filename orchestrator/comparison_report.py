@@ -233,6 +233,7 @@ def _figure(rows: Sequence[Row], methods: Mapping[str, str]) -> Figure:
     accuracy = any(row.val_accuracy is not None for row in rows)
     style(axes, "training time, as a multiple of full size", "held-out accuracy" if accuracy else "held-out loss")
     present = [method for method in methods if method in {row.method for row in rows}]
+    several = len({row.size for row in rows} - {""}) > 1
     for place, method in enumerate(present):
         points = {
             size: (
@@ -249,7 +250,8 @@ def _figure(rows: Sequence[Row], methods: Mapping[str, str]) -> Figure:
             axes.scatter(x, y, s=50, facecolors="none", edgecolors=colour, marker=marker, label=method, zorder=2)
             # Slanted: sizes of one method often end close together.
             slanted: dict[str, Any] = {"xytext": (3, 3), "textcoords": "offset points", "rotation": 45}
-            for size, point in points.items() if len(points) > 1 else ():
-                axes.annotate(size, point, **slanted, fontsize="small", color=colour)
+            for size, point in points.items():
+                if several and size:
+                    axes.annotate(size, point, **slanted, fontsize="small", color=colour)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure

@@ -397,10 +397,12 @@ class Worker:
         self.writer.save(path, f"{int(token):016x}", manifest, state, self._recorded, *after)
 
     def _recorded(self) -> None:
-        """What a run continues from must not be ahead of its metrics: nobody would measure those steps again.
+        """A checkpoint must not be ahead of the run's metrics: nobody would measure those steps again.
+
+        Nor may workers complete one when others have taken over.
 
         Raises:
-            StaleAttemptError: a later group of workers has begun, whose checkpoints this one's are not.
+            StaleAttemptError: they have.
         """
         ray.get(self.coordinator.recorded.remote(self.attempt))
 

@@ -49,7 +49,9 @@ class Search(OptunaSearch):  # type: ignore[misc]
             return
         if result and self._rung is not None:  # one that an earlier start had go on has come to its end
             [objective] = self.metric
-            result = result | {objective: at_rung(self._folder / result[FOLDER], objective, self._rung)}
+            value = at_rung(self._folder / result[FOLDER], objective, self._rung)
+            assert value is not None, "who has ended well under ASHA has come to the rung"
+            result = result | {objective: value}
         super().on_trial_complete(trial_id, result, error)
 
 

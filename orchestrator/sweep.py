@@ -126,15 +126,15 @@ def tune_schedules(config: RunConfig, request: Request) -> dict[str, Any]:
         best = best_of(found, request.objectives[0])
         write_whole(folder / "best.yaml", _best_config(config, folder, best).to_yaml())
         baselines = _baselines(sweep, best, terminal) if request.baselines else {}
-        if not any(outcome.status in AGAIN for outcome in found):
-            for trunk in trunks:
-                forget(trunk.run, base.checkpoints)
         summary = write_sweep_report(folder, request.objectives, space, config.train.steps, baselines)
         if tracker is not None:
             for name in ("sweep.json", "trials.parquet", "best.yaml", "report.html"):
                 tracker.artifact(folder / name)
             for figure in sorted((folder / "figures").glob("*.png")):
                 tracker.artifact(figure, "figures")
+        if not any(outcome.status in AGAIN for outcome in found):
+            for trunk in trunks:
+                forget(trunk.run, base.checkpoints)
     print(f"done in {duration(time.perf_counter() - started)}")
     print("\n".join(_describe(summary, folder)))
     if config.tracking.mlflow:

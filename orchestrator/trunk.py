@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import IO
 
 from orchestrator import checkpoint, launch
-from orchestrator.checkpoint import MANIFEST, Manifest
+from orchestrator.checkpoint import MANIFEST, CheckpointError, Manifest
 from orchestrator.config import CheckpointsConfig, RunConfig
 from orchestrator.config_changes import refuse_other_run
 from orchestrator.errors import Interrupted, TrainingError
@@ -142,10 +142,17 @@ def branch(
 
 
 def forget(trunk: RunConfig, policy: CheckpointsConfig) -> None:
-    """Leave of a trunk's checkpoints what stays of any run's: no trial begins with one any more."""
+    """Leave of a trunk's checkpoints what stays of any run's: no trial begins with one any more.
+
+    Raises:
+        TrainingError: the storage is away.
+    """
     shared = _checkpoints(trunk)
-    if step := _reached(shared):
-        prune(shared, step, policy)
+    try:
+        if step := _reached(shared):
+            prune(shared, step, policy)
+    except CheckpointError as error:
+        raise TrainingError(f"{error}; the same command tries again") from error
 
 
 def _checkpoints(trunk: RunConfig) -> Folder:

@@ -370,11 +370,12 @@ def test_the_table_has_means_over_all_seeds_and_times_of_each_seeds_own_full_siz
 
 
 def test_the_figure_has_a_point_a_method_and_size() -> None:
-    rows = [row("full", 0, 0.9, 10.0), *(replace(row("hankel", 0, 0.8, 5.0), size=size) for size in ("0.1", "0.2"))]
+    one, other = (replace(row("hankel", 0, 0.8, 5.0), size=size) for size in ("0.1", "0.2"))
+    rows = [row("full", 0, 0.9, 10.0), one, other, replace(row("random", 0, 0.5, 5.0), size="0.2")]
     [axes] = _figure(rows, METHODS).axes
     points = {str(drawn.get_label()): len(drawn.get_offsets()) for drawn in axes.collections}
-    assert points == {"full": 1, "hankel": 2}
-    assert [text.get_text() for text in axes.texts] == ["0.1", "0.2"]
+    assert points == {"full": 1, "hankel": 2, "random": 1}
+    assert [text.get_text() for text in axes.texts] == ["0.1", "0.2", "0.2"]
 
 
 def test_a_run_that_ends_with_other_states_than_truncation_is_told(tmp_path: Path) -> None:

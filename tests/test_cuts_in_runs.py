@@ -144,7 +144,7 @@ def test_a_cut_after_which_weights_overflow_is_taken_back(
     """Where nothing but a checkpoint looks at them."""
     small_run |= HURTFUL
     small_run["train"] |= LONGER | {"eval_every": 110, "checkpoint_every": 101, "betas": (0.5, 0.999)}
-    # Just below float32's largest number in step 101, times what beta1 lets Adam add.
+    # The learning rate of step 101 is just below float32's largest number; with this beta1 Adam's step is beyond it.
     folder, summary = finished(small_run, name="guarded", truncation=DIVERGING | {"lr_factor": 2.8e41})
     _was_taken_back(summary, "a parameter or moment after step 101 is no number", capfd)
     assert sorted(losses(folder)) == list(range(1, 111))

@@ -347,6 +347,7 @@ def test_a_worse_trial_is_pruned_and_the_next_one_has_its_workers(
 ) -> None:
     path = tmp_path / "pace.py"
     path.write_text(SPACE.format(knob="factor", values=factors, key="truncation.lr_factor"))
+    one_at_a_time["checkpoints"] = {"keep_last": 1, "keep_best": 0}
     config = parse_config(one_at_a_time)
     summary = tune_schedules(config, request(path, "val_loss", pruning=pruning))
     folder = Path(one_at_a_time["storage"]) / "small-pace"
@@ -356,6 +357,8 @@ def test_a_worse_trial_is_pruned_and_the_next_one_has_its_workers(
         assert (diverged.status, "loss" in str(diverged.error)) == ("failed", True)
         run = children[diverged.trial]
         assert (run.data.tags["status"], run.info.status) == ("failed", "FAILED")
+    # One that has failed may be tried again, and begin there.
+    assert (len(checkpoint.complete_steps(checkpoints_of(folder / "trunk", None))) > 1) == bool(diverged)
     bad = found.pop(300.0)
     assert (bad.status, bad.error) == ("pruned", None)
     assert 4 <= bad.last_step < 16

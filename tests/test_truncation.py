@@ -167,6 +167,16 @@ def test_a_nearly_defective_reduction_keeps_one_state_more(monkeypatch: pytest.M
     assert (layer.dim_after, layer.reduction, layer.error_bound) == (4, None, 0)
 
 
+def test_no_rank_is_tried_that_would_hardly_be_a_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+    defective = "compression.truncation.diagonal_reduction"
+    monkeypatch.setattr(defective, lambda system, balancing, coordinates: tried.append(len(coordinates)))
+    system = random_system(40, 40, seed=0)
+    outcome = BalancedLTI(system, "hankel", seed=0).reduce(30)
+    assert (outcome.rank, outcome.reduction) == (40, None)
+    assert tried == list(range(30, 39))  # 38 of 40 is 5 % less
+
+
 def test_a_reduction_that_rounding_makes_unstable_keeps_more_states() -> None:
     """In exact arithmetic none is; with a pole 3e-16 within the unit circle one in seven would be."""
     fallen_back = 0
