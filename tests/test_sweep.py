@@ -339,7 +339,7 @@ def request(path: Path, *objectives: str, pruning: Pruning = "none") -> Request:
     ("pruning", "factors", "steps"),
     [
         ("asha", (1.0, 300.0, 1.5, 1e30), 16),
-        # Of three trials at least, the last of which goes on while it is judged: for seconds, or it would be over by then.
+        # Of three trials at least, the last of which is judged while it goes on: long enough not to be over by then.
         pytest.param("median", (1.0, 0.5, 1.5, 300.0), 400, marks=pytest.mark.long),
     ],
 )
